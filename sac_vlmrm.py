@@ -1,58 +1,151 @@
-import dataclasses
+"""VLM-RM in one file: SAC learns a task from a sentence, with a CLIP model as the reward function.
+
+Episodes are collected in parallel rendered environments; one batched CLIP pass scores every frame by how well it matches
+`--goal`; the labelled transitions go to a replay buffer; SAC learns from it. No reward function of the environment is used.
+Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024,
+arXiv 2310.12921), cited below as VLM-RM, algorithm 1.
+
+    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
+    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip tests/tiny_clip --total-timesteps 100000 --updates-per-frame 0.5
+    python sac_vlmrm.py --reward env --env-id Hopper-v5 --early-termination --episode-length 1000 --num-envs 1
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     @@PINS@@
+# ]
+# ///
 import difflib
+import functools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported: render without a window
 
+EGL_ADVICE = "install OpenGL without a display: apt-get install libegl1 libgl1-mesa-dri, or the GPU driver's EGL"
+try:
+    import mujoco
+except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
+    sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}")
 import gymnasium as gym
-import mujoco
+import imageio
 import numpy as np
 import open_clip
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from gymnasium.envs.mujoco import MujocoEnv
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageDraw
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 @dataclass
 class Args:
+    # ---- run ----
+    seed: int = 1
+    """seed of the networks, the exploration and the episodes' starts"""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ...; auto is CUDA where there is one"""
+    run_dir: Path | None = None
+    """folder of this run (default: a new one under runs/)"""
+    total_timesteps: int = 10_000_000
+    """environment frames to train for, counted over all environments"""
+    eval_every: int = 128_000
+    """frames between evaluations"""
+    eval_episodes: int = 8
+    """deterministic episodes of an evaluation"""
+    checkpoint_every: int = 128_000
+    """frames between checkpoints (VLM-RM, appendix)"""
+    video: bool = True
+    """record an episode of each evaluation"""
+    track: bool = False
+    """mirror the TensorBoard logs to Weights & Biases (needs `pip install wandb`)"""
+
+    # ---- task and prompts ----
+    env_id: str = "Humanoid-v5"
+    """Gymnasium id: continuous actions, `rgb_array` rendering"""
+    goal: str = "a humanoid robot kneeling"
+    """the task, in words that describe the state to reach"""
+    baseline: str = "a humanoid robot"
+    """the neutral prompt of the goal-baseline regularisation (VLM-RM, section 3)"""
+    alpha: float = 0.0
+    """strength of the goal-baseline regularisation, 0 (plain cosine, the paper's humanoid setting) to 1"""
+    template: tuple[str, ...] = ("{}",)
+    """prompt templates, "{}" is the prompt; the embeddings of several are averaged"""
+    reward: Literal["regularized", "env"] = "regularized"
+    """what is trained on: the CLIP reward, or the environment's own (which loads no CLIP and renders only videos)"""
+
     # ---- CLIP ----
     clip: str = "ViT-L-14"
-    """the CLIP model: an open_clip architecture, `hf-hub:ORG/NAME`, or a directory with an open_clip_config.json"""
+    """open_clip architecture, `hf-hub:ORG/NAME`, or a directory that holds an open_clip_config.json and weights"""
     clip_pretrained: str | None = None
-    """the weights' tag, as `open_clip.list_pretrained()` names it (default: the paper's for its models, else the newest)"""
+    """tag of an architecture's weights (default: the paper's for its models, else one trained on LAION-2B if there is)"""
     clip_batch_size: int = 256
-    """frames per CLIP forward pass"""
-    clip_precision: str | None = None
-    """`fp32`, or `bf16` or `fp16` autocast of the encoders (default: fp32 on CPU, bf16 on CUDA)"""
+    """frames a CLIP forward pass"""
+    clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
 
     # ---- environment and camera ----
-    env_id: str = "Humanoid-v5"
-    """the Gymnasium id of the environment: continuous actions and `rgb_array` rendering"""
     num_envs: int = 8
     """environments stepped in parallel, each in a process of its own"""
     episode_length: int = 100
-    """steps of an episode; episodes never end earlier, since termination leaks the task (VLM-RM, section 3)"""
+    """steps of an episode"""
+    early_termination: bool = False
+    """end an episode where the environment says so; off, since termination leaks the task (VLM-RM, section 4)"""
     render_size: int | None = None
-    """pixels, width and height of a rendered MuJoCo frame (default: the CLIP model's input size, so that nothing is resized)"""
+    """pixels, height and width of a MuJoCo frame (default: the CLIP model's input size, so that nothing is resized)"""
     restyle: bool = True
-    """render MuJoCo with a sky, a tiled floor and a light robot instead of the environment's own look (VLM-RM, section 4.3)"""
+    """draw MuJoCo with a sky, a tiled floor and a light robot instead of in the environment's own look"""
     camera_distance: float = 3.5
     """meters from the camera to the point it looks at"""
     camera_elevation: float = -10.0
     """degrees; negative looks down"""
     camera_azimuth: float = 180.0
-    """degrees; 180 shows a robot that faces +x from the front"""
+    """degrees; at 180 a robot facing +x is seen from the front"""
     camera_lookat: tuple[float, float, float] = (0.0, 0.0, 1.0)
-    """meters, the point the camera looks at"""
+    """meters, the point that the camera looks at"""
     camera_follow: bool = True
     """move the look-at's x and y with the robot, never its height; --no-camera-follow is the paper's fixed camera"""
+
+    # ---- SAC: VLM-RM's humanoid settings ----
+    learning_starts: int = 50_000
+    """frames of uniformly random actions before learning"""
+    updates_per_frame: float = 1 / 32
+    """gradient updates per environment frame; the paper's "100 every 100 steps" counts steps of 32 environments"""
+    batch_size: int = 512
+    """transitions an update"""
+    learning_rate: float = 6e-4
+    """of Adam, for the actor, the critics and the entropy coefficient"""
+    gamma: float = 0.95
+    """discount factor"""
+    tau: float = 0.005
+    """share of the critics that moves into their targets at each update"""
+    buffer_size: int = 1_000_000
+    """transitions in the replay buffer"""
+    autotune: bool = True
+    """tune the entropy coefficient towards an entropy of minus the number of action dimensions"""
+    ent_coef: float = 1.0
+    """the entropy coefficient, or where its tuning starts"""
+    normalize_obs: bool = True
+    """scale observations by running statistics: the Humanoid's contact forces are a thousand times its angles"""
+
+
+def fail(message):
+    """Ends the program over a mistake that the user can mend: one line, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ---------------------------------------------------------------- the CLIP reward
@@ -81,6 +174,51 @@ def regularized_reward(frames, goals, baseline, alpha):
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
+PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": "laion2b_s32b_b79k",
+                 "ViT-bigG-14": "laion2b_s39b_b160k"}  # VLM-RM, section 4.3
+
+
+def resolve_clip(clip, pretrained):
+    """Finds a CLIP model's weights without loading them, downloading what is not cached.
+
+    Returns (name, tag, size): what `open_clip.create_model` takes, and the model's input size in pixels. What cannot be
+    used ends the program, since open_clip would go on with a random model, or the wrong activation, after a warning.
+    """
+    if Path(clip).is_dir():
+        if not (Path(clip) / "open_clip_config.json").is_file():
+            fail(f"--clip {clip}: this directory has no open_clip_config.json")
+        if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in Path(clip).iterdir()):
+            fail(f"--clip {clip}: this directory has no weights: put an open_clip_model.safetensors into it")
+        name, tag = f"local-dir:{clip}", None
+    elif clip.startswith("hf-hub:"):
+        name, tag = clip, None
+    else:
+        name = clip.replace("/", "-")
+        if name not in open_clip.list_models():
+            near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
+            fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        tag = pretrained or PAPER_WEIGHTS.get(name) or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
+        if tag not in tags:
+            fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
+        wanted = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+        if wanted != open_clip.get_model_config(name).get("quick_gelu", False):
+            other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
+            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
+    if pretrained and tag is None:
+        fail(f"--clip-pretrained {pretrained}: {clip} brings its own weights, leave the flag out")
+    try:
+        if tag:
+            open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+        elif clip.startswith("hf-hub:"):
+            download_pretrained_from_hf(clip.removeprefix("hf-hub:"))
+        size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
+    except Exception as error:
+        fail(f"--clip {clip}: the weights are neither cached nor can be downloaded ({type(error).__name__}); "
+             "connect to the network once, or use a local directory such as --clip tests/tiny_clip")
+    return name, tag, size if isinstance(size, int) else size[0]
+
+
 class CLIP:
     """An open_clip model that embeds frames and prompts.
 
@@ -88,26 +226,26 @@ class CLIP:
         name: what `open_clip.create_model` takes, as `resolve_clip` returns it.
         pretrained: the weights' tag, or None where `name` is a directory or a hub id.
         device: where the model runs.
-        precision: "fp32", "bf16" or "fp16"; None is bf16 on CUDA and fp32 elsewhere.
+        precision: "fp32", "bf16", "fp16" or "auto", which is bf16 on CUDA and fp32 elsewhere.
         batch_size: frames per forward pass.
     Raises:
         RuntimeError: if pretrained weights were not loaded into the whole model.
     """
 
-    def __init__(self, name, pretrained, device, precision=None, batch_size=256):
+    def __init__(self, name, pretrained, device, precision="auto", batch_size=256):
         self.device = torch.device(device)
         self.batch_size = batch_size
-        precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         # Without require_pretrained open_clip returns a *random* model, with only a warning, when weights are missing.
         self.model = open_clip.create_model(name, pretrained, device=self.device, require_pretrained=True)
         self.model.eval().requires_grad_(False)  # create_model leaves BatchNorm in training mode
         self.tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_preprocess_cfg(self.model)
+        self.transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
         size = config["size"]
         self.size = (size, size) if isinstance(size, int) else tuple(size)  # (height, width)
-        self.resize_mode, self.interpolation = config["resize_mode"], config["interpolation"]
-        self.fill_color = config["fill_color"]
         self.mean = torch.tensor(config["mean"], device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(config["std"], device=self.device).view(1, 3, 1, 1)
 
@@ -131,35 +269,18 @@ class CLIP:
         """Embeds any number of uint8 frames [N, H, W, 3], in chunks: [N, D] float32, L2-normalised."""
         chunks = []
         for chunk in torch.as_tensor(frames).split(self.batch_size):
-            images = self.preprocess(chunk.to(self.device, non_blocking=True))  # uint8 until on the device
+            images = self.preprocess(chunk)
             with self.autocast():
                 embeddings = self.model.encode_image(images)
             chunks.append(F.normalize(embeddings.float(), dim=-1))
         return torch.cat(chunks)
 
     def preprocess(self, frames):
-        """open_clip's own evaluation transform, batched on the device: [N, H, W, 3] uint8 to [N, 3, h, w] float32."""
-        images = frames.permute(0, 3, 1, 2).float()
-        if tuple(images.shape[-2:]) != self.size:
-            images = self.resize(images)
-        return (images / 255.0 - self.mean) / self.std
-
-    def resize(self, images):
-        """Resizes [N, 3, H, W] in 0..255 as PIL does: one pass per axis, antialiased, rounded to 8 bits after each."""
-        h, w = images.shape[-2:]
-        if self.resize_mode == "squash":
-            new_h, new_w = self.size
-        else:  # "shortest" covers the input size and is cropped to it, "longest" fits into it and is padded
-            pick = max if self.resize_mode == "shortest" else min
-            scale = pick(self.size[0] / h, self.size[1] / w)
-            new_h, new_w = (int(h * scale), int(w * scale)) if pick is max else (round(h * scale), round(w * scale))
-        for shape in ((h, new_w), (new_h, new_w)):
-            if tuple(images.shape[-2:]) != shape:
-                images = F.interpolate(images, shape, mode=self.interpolation, antialias=True).round_().clamp_(0, 255)
-        pad_h, pad_w = max(self.size[0] - new_h, 0), max(self.size[1] - new_w, 0)
-        images = F.pad(images, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2), value=self.fill_color)
-        top, left = round((images.shape[-2] - self.size[0]) / 2), round((images.shape[-1] - self.size[1]) / 2)
-        return images[..., top : top + self.size[0], left : left + self.size[1]]
+        """open_clip's evaluation transform: uint8 [N, H, W, 3] to float32 [N, 3, h, w] on the device."""
+        if tuple(frames.shape[1:3]) != self.size:  # frames rendered at the model's size, the usual case, need no resize
+            return torch.stack([self.transform(Image.fromarray(frame.numpy())) for frame in frames]).to(self.device)
+        images = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # uint8 until it is on the device
+        return (images.float() / 255.0 - self.mean) / self.std
 
 
 # ---------------------------------------------------------------- the rendered environments
@@ -228,7 +349,7 @@ class SceneRenderer:
         restyle: as in `build_scene`.
     """
 
-    opened_here = None  # pid of the process that started OpenGL: forking it afterwards hangs
+    opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
 
     def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
         self.model = build_scene(xml_path, restyle)
@@ -241,7 +362,7 @@ class SceneRenderer:
     def __call__(self, qpos):
         """The frame of one state, uint8 [H, W, 3]."""
         if self.renderer is None:
-            SceneRenderer.opened_here = os.getpid()
+            SceneRenderer.opened_by = os.getpid()
             height, width = self.size
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = height, width
             self.renderer = mujoco.Renderer(self.model, height, width)
@@ -257,3 +378,540 @@ class SceneRenderer:
         if self.renderer is not None:
             self.renderer.close()
             self.renderer = None
+
+
+class RenderedEnv(gym.Wrapper):
+    """Puts the frame of each state into its observation, so that the vector environment's shared memory carries it.
+
+    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]. Actions are
+    in [-1, 1]. `terminated` is always False unless `early_termination`.
+
+    Args:
+        env_id, episode_length, early_termination: as the flags.
+        frame_shape: (height, width, 3); MuJoCo is rendered at it, any other environment has it already.
+        scene: keyword arguments of `SceneRenderer`.
+    """
+
+    def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
+        env = gym.make(env_id, render_mode="rgb_array", max_episode_steps=episode_length, disable_env_checker=True)
+        super().__init__(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))))
+        self.early_termination = early_termination
+        self.rendering = True  # set to False where nobody looks
+        self.blank = np.zeros(frame_shape, np.uint8)
+        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32),
+                  "pixels": gym.spaces.Box(0, 255, frame_shape, np.uint8)}
+        self.renderer = None
+        if isinstance(self.unwrapped, MujocoEnv):
+            self.renderer = SceneRenderer(self.unwrapped.fullpath, frame_shape[:2], **scene)
+            spaces["qpos"] = gym.spaces.Box(-np.inf, np.inf, (self.unwrapped.model.nq,), np.float64)
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def observe(self, state):
+        observation = {"state": state.astype(np.float32), "pixels": self.blank}
+        if self.renderer:
+            observation["qpos"] = self.unwrapped.data.qpos
+        if self.rendering:
+            observation["pixels"] = self.renderer(self.unwrapped.data.qpos) if self.renderer else self.env.render()
+        return observation
+
+    def reset(self, *, seed=None, options=None):
+        state, _ = self.env.reset(seed=seed, options=options)
+        return self.observe(state), {}
+
+    def step(self, action):
+        state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling them costs time
+        return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
+
+    def close(self):
+        if self.renderer:
+            self.renderer.close()
+        super().close()
+
+
+def describe_environment(env_id, scene):
+    """Makes, resets and renders an environment once: its frame's shape, or None for MuJoCo, rendered at any size.
+
+    Raises:
+        ValueError: if its actions are not continuous and bounded, or it has no rgb_array rendering.
+    """
+    env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+    if not isinstance(env.action_space, gym.spaces.Box):
+        raise ValueError(f"its actions are {env.action_space}, SAC needs continuous ones (a Box): choose another --env-id")
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        raise ValueError("its actions have no finite bounds: choose another --env-id")
+    if "rgb_array" not in env.metadata.get("render_modes", []):
+        raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another --env-id")
+    env.reset(seed=0)
+    if not isinstance(env.unwrapped, MujocoEnv):
+        return env.render().shape
+    SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
+
+
+def worker_context():
+    """Workers are forked on Linux, before CUDA or a model is up: spawned ones each import torch again (seconds, 500 MB)."""
+    forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
+    return "fork" if forkable else "spawn"
+
+
+def make_envs(args, frame_size):
+    """The rendered vector environment of `--env-id`; `frame_size` in pixels, for MuJoCo.
+
+    It is reset by hand (autoreset disabled): the frame that comes with the end of an episode is that of its last state,
+    not of the next one's first. The views that it returns are overwritten by the next step.
+    """
+    scene = dict(distance=args.camera_distance, elevation=args.camera_elevation, azimuth=args.camera_azimuth,
+                 lookat=args.camera_lookat, follow=args.camera_follow, restyle=args.restyle)
+    rendering = f"rendering with MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
+    try:  # in a process of its own, so that OpenGL does not start in this one before the workers are forked
+        with multiprocessing.get_context(worker_context()).Pool(1) as pool:
+            shape = pool.apply_async(describe_environment, (args.env_id, scene)).get(timeout=60)
+    except gym.error.DependencyNotInstalled as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    except multiprocessing.TimeoutError:
+        fail(f"{rendering} gave no frame within 60 s: try MUJOCO_GL=osmesa, or MUJOCO_GL=glfw with a display")
+    except ImportError as error:
+        fail(f"{rendering} failed ({error}); {EGL_ADVICE}")
+    except Exception as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
+                             shape or (frame_size, frame_size, 3), scene)
+    envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=worker_context(),
+                                     autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    envs.reset_async()
+    try:
+        envs.reset_wait(timeout=120)
+    except multiprocessing.TimeoutError:
+        envs.close(terminate=True)
+        fail(f"{rendering} hangs with {args.num_envs} processes: try --num-envs 1 or another MUJOCO_GL (egl, osmesa, glfw)")
+    return envs
+
+
+def episode_seeds(*key, n):
+    """Seeds of `n` episodes that depend on `key` alone, so that a run can be repeated from any point of it."""
+    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
+
+
+# ---------------------------------------------------------------- the networks
+
+
+class RunningNorm(nn.Module):
+    """Scales vectors by the running mean and standard deviation of all it was updated with, clipped to +-10."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(dim))  # float32 copies: what forward needs
+        self.register_buffer("scale", torch.ones(dim))
+
+    def update(self, x):
+        """Merges a batch [N, dim] into the statistics (Chan et al., parallel variance)."""
+        x = x.double()
+        n, total = len(x), self.count + len(x)
+        delta = x.mean(0) - self.mean
+        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
+
+    def forward(self, x):
+        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+
+
+def mlp(inputs, outputs, hidden=256):
+    """Two hidden layers of 256 with ReLU (VLM-RM, appendix)."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                         nn.Linear(hidden, outputs))
+
+
+class Actor(nn.Module):
+    """A Gaussian squashed to (-1, 1) by tanh (Haarnoja et al. 2018, appendix C)."""
+
+    def __init__(self, state_dim, action_dim):
+        super().__init__()
+        self.net = mlp(state_dim, 2 * action_dim)
+
+    def forward(self, states):
+        """Mean and log standard deviation before the tanh, each [B, A]."""
+        mean, log_std = self.net(states).chunk(2, -1)
+        return mean, -5.0 + 3.5 * (torch.tanh(log_std) + 1.0)  # in [-5, 2], as CleanRL has it
+
+    def sample(self, states):
+        """Actions [B, A] and their log-probabilities [B]."""
+        mean, log_std = self(states)
+        noise = torch.randn_like(mean)
+        x = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * np.log(2.0 * np.pi)
+        # log(1 - tanh(x)^2), in the form that does not underflow
+        log_prob = log_prob - 2.0 * (np.log(2.0) - x - F.softplus(-2.0 * x))
+        return torch.tanh(x), log_prob.sum(-1)
+
+
+class Critic(nn.Module):
+    """Two independent soft Q-functions; the smaller one counters overestimation (Fujimoto et al. 2018)."""
+
+    def __init__(self, state_dim, action_dim):
+        super().__init__()
+        self.q1, self.q2 = mlp(state_dim + action_dim, 1), mlp(state_dim + action_dim, 1)
+
+    def forward(self, states, actions):
+        """Both values of each pair, [2, B]."""
+        x = torch.cat([states, actions], -1)
+        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
+
+
+class SAC:
+    """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905)."""
+
+    def __init__(self, args, state_dim, action_dim, device):
+        self.args = args
+        self.normalizer = RunningNorm(state_dim).to(device)
+        self.actor = Actor(state_dim, action_dim).to(device)
+        self.critic = Critic(state_dim, action_dim).to(device)
+        self.critic_target = Critic(state_dim, action_dim).to(device).requires_grad_(False)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.target_entropy = -float(action_dim)
+        self.log_ent_coef = torch.tensor(np.log(args.ent_coef), dtype=torch.float32, device=device, requires_grad=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.learning_rate, fused=True)
+        self.ent_coef_optimizer = torch.optim.Adam([self.log_ent_coef], args.learning_rate)
+
+    @torch.no_grad()
+    def act(self, states, deterministic=False):
+        """Actions in [-1, 1] for a batch of raw states: numpy [N, S] to numpy [N, A]."""
+        states = self.normalizer(torch.as_tensor(states, device=self.log_ent_coef.device))
+        actions = torch.tanh(self.actor(states)[0]) if deterministic else self.actor.sample(states)[0]
+        return actions.cpu().numpy()
+
+    def update(self, batch):
+        """One gradient step of the critics, the actor and the entropy coefficient; returns losses as 0-d tensors."""
+        states, next_states = self.normalizer(batch["states"]), self.normalizer(batch["next_states"])
+        ent_coef = self.log_ent_coef.detach().exp()
+
+        with torch.no_grad():
+            next_actions, next_log_prob = self.actor.sample(next_states)
+            next_q = self.critic_target(next_states, next_actions).min(0).values - ent_coef * next_log_prob
+            # `terminated` is 0 at a time limit: a truncated episode is bootstrapped from its real last state.
+            target = batch["rewards"] + self.args.gamma * (1.0 - batch["terminated"]) * next_q  # [B]
+        q = self.critic(states, batch["actions"])  # [2, B]
+        critic_loss = (q - target).square().mean(1).sum()
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+
+        actions, log_prob = self.actor.sample(states)
+        self.critic.requires_grad_(False)  # the actor's loss needs gradients of the actions only
+        actor_loss = (ent_coef * log_prob - self.critic(states, actions).min(0).values).mean()
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+        self.critic.requires_grad_(True)
+
+        if self.args.autotune:
+            ent_coef_loss = -self.log_ent_coef * (log_prob.detach() + self.target_entropy).mean()
+            self.ent_coef_optimizer.zero_grad()
+            ent_coef_loss.backward()
+            self.ent_coef_optimizer.step()
+
+        with torch.no_grad():
+            for parameter, slow in zip(self.critic.parameters(), self.critic_target.parameters(), strict=True):
+                slow.lerp_(parameter, self.args.tau)
+        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_values": q.detach().mean(),
+                "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
+
+    def state_dict(self):
+        modules = ("normalizer", "actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer",
+                   "ent_coef_optimizer")
+        return {name: getattr(self, name).state_dict() for name in modules} | {"log_ent_coef": self.log_ent_coef.detach()}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            if name == "log_ent_coef":
+                self.log_ent_coef.data.copy_(value)
+            else:
+                getattr(self, name).load_state_dict(value)
+
+
+# ---------------------------------------------------------------- the replay buffer
+
+
+class ReplayBuffer:
+    """The last `capacity` labelled transitions, on the training device: sampling then needs no transfer."""
+
+    def __init__(self, capacity, state_dim, action_dim, device):
+        self.capacity, self.position, self.size = capacity, 0, 0
+        self.data = {  # memory is taken as it fills
+            "states": torch.empty(capacity, state_dim, device=device),
+            "actions": torch.empty(capacity, action_dim, device=device),
+            "rewards": torch.empty(capacity, device=device),
+            "next_states": torch.empty(capacity, state_dim, device=device),
+            "terminated": torch.empty(capacity, device=device),
+        }
+
+    def add(self, **transitions):
+        """Stores N transitions, each value [N, ...], over the oldest ones; of more than fit, the last are kept."""
+        n = len(transitions["rewards"])
+        index = (self.position + torch.arange(n)) % self.capacity
+        for name, store in self.data.items():
+            store[index[-self.capacity :]] = transitions[name][-self.capacity :].to(store)
+        self.position, self.size = (self.position + n) % self.capacity, min(self.size + n, self.capacity)
+
+    def sample(self, batch_size):
+        """A uniform batch, with replacement: name -> [B, ...]."""
+        index = torch.randint(self.size, (batch_size,), device=self.data["rewards"].device)
+        return {name: store[index] for name, store in self.data.items()}
+
+
+# ---------------------------------------------------------------- checkpoints, evaluation, video
+
+
+def save_atomically(checkpoint, path):
+    """Replaces a checkpoint such that a kill at any instant, or a full disk, leaves the old one or the new one."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def evaluate(envs, policy, score, episodes, episode_length, seed):
+    """Plays deterministic episodes, always from the same starts, and scores their frames.
+
+    Args:
+        policy: states [N, S] to actions [N, A] in [-1, 1].
+        score: frames uint8 [n, H, W, 3] to rewards [n], or None.
+    Returns:
+        dict of arrays: "clip_rewards" and "env_rewards" [episodes, T] (0 after an early termination), "lengths"
+        [episodes], "qpos" [episodes, T, nq] for MuJoCo, and "frames" [T, H, W, 3] of the first episode. What is at t
+        belongs to the state after step t.
+    """
+    rounds = []
+    seeds = episode_seeds(seed, 1, n=episodes + envs.num_envs)
+    for start in range(0, episodes, envs.num_envs):
+        observation, _ = envs.reset(seed=seeds[start : start + envs.num_envs])
+        alive, steps = np.ones(envs.num_envs, bool), []
+        for _ in range(episode_length):
+            observation, rewards, terminated, _, _ = envs.step(policy(observation["state"]))
+            step = {name: value.copy() for name, value in observation.items() if name != "state"}
+            steps.append({**step, "env_rewards": rewards * alive, "alive": alive.copy()})
+            alive &= ~terminated
+        steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
+        pixels = steps.pop("pixels")
+        if score:
+            clip_rewards = score(pixels.reshape(-1, *pixels.shape[2:])).reshape(steps["alive"].shape)
+            steps["clip_rewards"] = clip_rewards * steps["alive"]
+        frames = pixels[0] if start == 0 else frames
+        rounds.append(steps)
+    result = {name: np.concatenate([steps[name] for steps in rounds])[:episodes] for name in rounds[0]}
+    return {**result, "lengths": result.pop("alive").sum(1), "frames": frames}
+
+
+def write_video(path, frames, rewards, fps=30):
+    """Writes frames [T, H, W, 3] as an mp4 with its reward on each frame, enlarged so that it can be read."""
+    scale = -(-384 // frames.shape[1])
+    low, high = float(np.min(rewards)), float(np.max(rewards))
+    with imageio.get_writer(path, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
+        for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
+            image = Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
+            draw = ImageDraw.Draw(image)
+            filled = (reward - low) / max(high - low, 1e-8)  # the bar spans this episode's rewards
+            draw.rectangle((8, image.height - 14, 8 + filled * (image.width - 16), image.height - 8), fill=(255, 200, 0))
+            draw.text((8, 6), f"step {t + 1}   reward {reward:+.4f}", fill=(255, 255, 255), font_size=18)
+            writer.append_data(np.asarray(image))
+
+
+# ---------------------------------------------------------------- training
+
+
+def check_args(args):
+    """Ends the program with one line over flags that cannot work, before anything slow starts."""
+    for name in ("total_timesteps", "num_envs", "episode_length", "batch_size", "buffer_size", "clip_batch_size",
+                 "eval_every", "eval_episodes", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not 0.0 <= args.alpha <= 1.0:
+        fail(f"--alpha must be in [0, 1], not {args.alpha}")
+    if args.reward != "env":
+        if not args.goal.strip():
+            fail("--goal is empty: describe the state to reach")
+        if args.alpha > 0 and args.goal == args.baseline:
+            fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
+        for template in args.template:
+            if "{}" not in template:
+                fail(f'--template "{template}" has no "{{}}" for the prompt')
+    if args.env_id not in gym.registry and ":" not in args.env_id:
+        near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
+        fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {args.device}: PyTorch finds no CUDA device; use --device cpu")
+    if args.run_dir and (args.run_dir / "checkpoint.pt").exists():
+        fail(f"--run-dir {args.run_dir} already holds a run: choose another folder")
+
+
+def train(args):
+    """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
+    check_args(args)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if args.reward != "env":
+        clip_name, clip_tag, clip_size = resolve_clip(args.clip, args.clip_pretrained)
+    else:
+        clip_size = 224
+    # Workers start before CUDA or a model is up, so that they can be forked.
+    envs = make_envs(args, args.render_size or clip_size)
+    state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
+
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or Path("runs") / run_name
+    for folder in ("videos", "rollouts"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    if args.track:
+        import wandb
+
+        wandb.init(project="vlmrm", name=run_name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+
+    np_rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    agent = SAC(args, state_dim, action_dim, device)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), state_dim, action_dim, device)
+    score = None
+    if args.reward != "env":
+        try:
+            clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size)
+        except Exception as error:
+            envs.close(terminate=True)
+            fail(f"--clip {args.clip}: its weights do not load ({error})")
+        goal, baseline = clip.encode_text([args.goal, args.baseline], args.template).split(1)  # [1, D] each
+
+        def score(frames):
+            """CLIP rewards [n] of frames [n, H, W, 3]."""
+            return regularized_reward(clip.encode_images(frames), goal, baseline[0], args.alpha)[:, 0].cpu().numpy()
+
+    def checkpoint():
+        return {"args": json.loads(json.dumps(asdict(args), default=str)), "global_step": global_step,
+                "best_return": best_return, "agent": agent.state_dict()}
+
+    # A phase is one episode of every environment. Arrays are [T, N, ...].
+    shape = (args.episode_length, args.num_envs)
+    phase_frames = args.episode_length * args.num_envs
+    states, next_states = np.empty((2, *shape, state_dim), np.float32)
+    actions = np.empty((*shape, action_dim), np.float32)
+    env_rewards, terminated, ended = np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool)
+    pixels_shape = envs.single_observation_space["pixels"].shape
+    pixels = np.empty((*shape, *pixels_shape), np.uint8) if score else None
+
+    global_step, best_return, owed_updates, losses = 0, -np.inf, 0.0, {}
+    start_time = time.time()
+    progress = tqdm(total=args.total_timesteps, unit=" frames", dynamic_ncols=True, smoothing=0.05,
+                    mininterval=0.5 if sys.stderr.isatty() else 30)
+    while global_step < args.total_timesteps:
+        previous_step, clock = global_step, [time.perf_counter()]
+
+        # COLLECT: one episode in every environment, into an unlabelled batch (algorithm 1, lines 4 to 8)
+        envs.set_attr("rendering", score is not None)
+        state = envs.reset(seed=episode_seeds(args.seed, 0, global_step, n=args.num_envs))[0]["state"].copy()
+        for t in range(args.episode_length):
+            if global_step < args.learning_starts:
+                actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
+            else:
+                actions[t] = agent.act(state)
+            observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
+            # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
+            states[t], next_states[t] = state, observation["state"]
+            state = next_states[t].copy()
+            if score:
+                pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
+            ended[t] = terminated[t] | truncated
+            if ended[t].any() and t < args.episode_length - 1:  # only with --early-termination
+                seeds = episode_seeds(args.seed, 0, global_step, t, n=args.num_envs)
+                state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+            global_step += args.num_envs
+        clock.append(time.perf_counter())
+
+        # LABEL: all frames of the phase in one batched CLIP pass (lines 9 to 12)
+        rewards = env_rewards
+        if score:
+            rewards = score(pixels.reshape(-1, *pixels_shape)).reshape(shape)
+        clock.append(time.perf_counter())
+
+        # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual (lines 13 to 15)
+        labelled = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
+        labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in labelled.items()}
+        buffer.add(**labelled)
+        if args.normalize_obs:
+            agent.normalizer.update(labelled["states"].to(device))
+        if global_step > args.learning_starts:
+            owed_updates += phase_frames * args.updates_per_frame
+        while owed_updates >= 1.0:
+            owed_updates -= 1.0
+            losses = agent.update(buffer.sample(args.batch_size))
+        losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+        clock.append(time.perf_counter())
+
+        episodes = ended[:-1].sum() + args.num_envs  # every episode of a phase starts and ends in it
+        charts = {"charts/env_return": env_rewards.sum() / episodes, "charts/episodic_length": phase_frames / episodes}
+        if score:
+            charts["charts/clip_return"] = rewards.sum() / episodes
+            if previous_step == 0:
+                warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
+
+        # EVALUATE: deterministic episodes from fixed starts
+        last = global_step >= args.total_timesteps
+        if last or global_step // args.eval_every > previous_step // args.eval_every:
+            envs.set_attr("rendering", score is not None or args.video)
+            result = evaluate(envs, functools.partial(agent.act, deterministic=True), score, args.eval_episodes,
+                              args.episode_length, args.seed)
+            frames = result.pop("frames")
+            shown = result.get("clip_rewards", result["env_rewards"])
+            for name in ("clip_rewards", "env_rewards"):
+                if name in result:
+                    charts[f"eval/{name.replace('rewards', 'return')}"] = result[name].sum(1).mean()
+            charts["eval/episodic_length"] = result["lengths"].mean()
+            if score or args.video:
+                strip = frames[np.linspace(0, result["lengths"][0] - 1, 8).astype(int)]  # [8, H, W, 3]
+                writer.add_image("eval/strip", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
+            if args.video:
+                n = result["lengths"][0]
+                write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
+            np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", env_id=args.env_id, goal=args.goal, **result)
+            if shown.sum(1).mean() > best_return:  # VLM-RM also keeps the checkpoint with the highest CLIP reward
+                best_return = float(shown.sum(1).mean())
+                save_atomically(checkpoint(), run_dir / "best.pt")
+        clock.append(time.perf_counter())
+
+        # SAVE
+        if last or global_step // args.checkpoint_every > previous_step // args.checkpoint_every:
+            save_atomically(checkpoint(), run_dir / "checkpoint.pt")
+        clock.append(time.perf_counter())
+
+        charts["charts/SPS"] = global_step / (time.time() - start_time)
+        charts |= {f"losses/{name}": loss for name, loss in losses.items()}
+        shares = np.diff(clock) / (clock[-1] - clock[0])
+        charts |= {f"time/{p}": s for p, s in zip(("collect", "label", "update", "evaluate", "save"), shares, strict=True)}
+        for name, value in charts.items():
+            writer.add_scalar(name, value, global_step)
+        headline = "clip_return" if score else "env_return"
+        progress.set_postfix({headline: f"{charts[f'charts/{headline}']:.2f}"}, refresh=False)
+        progress.update(global_step - previous_step)
+
+    progress.close()
+    writer.close()
+    envs.close()
+    return run_dir
+
+
+def warn_if_slow(args, label_seconds, collect_seconds, frames):
+    """Prints one line when the first phase shows that the run would take longer than two days."""
+    label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
+    if label + collect > 2:
+        advice = ("a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs")
+        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label "
+                   f"frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
+                   file=sys.stderr)
+
+
+if __name__ == "__main__":
+    print(f"results in {train(tyro.cli(Args))}")
