@@ -13,12 +13,25 @@ arXiv 2310.12921), cited below as VLM-RM, algorithm 1.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     @@PINS@@
+#     "torch==2.15.0",
+#     "torchvision==0.29.2",
+#     "open_clip_torch==3.3.0",
+#     "gymnasium==1.4.0",
+#     "mujoco==4.0.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "imageio==2.37.0",
+#     "imageio-ffmpeg==0.6.0",
+#     "numpy==2.4.6",
+#     "pillow==13.0.0",
+#     "tqdm==4.70.1",
 # ]
 # ///
+import copy
 import difflib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -34,7 +47,8 @@ EGL_ADVICE = "install OpenGL without a display: apt-get install libegl1 libgl1-m
 try:
     import mujoco
 except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
-    sys.exit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}")
+    print(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}", file=sys.stderr)
+    sys.exit(2)
 import gymnasium as gym
 import imageio
 import numpy as np
@@ -152,25 +166,16 @@ def fail(message):
 
 
 def regularized_reward(frames, goals, baseline, alpha):
-    """Goal-baseline regularised reward of each frame for each goal (VLM-RM, equation 3).
+    """Goal-baseline regularised reward (VLM-RM, equation 3), L being the line through baseline b and goal g:
 
-        R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2,  L the line through b and g
+        R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2
 
-    `alpha = 0` is the cosine of frame and goal, `alpha = 1` keeps only what lies along g - b.
-
-    Args:
-        frames: `s`, L2-normalised embeddings, [N, D].
-        goals: `g`, L2-normalised embeddings, [G, D].
-        baseline: `b`, L2-normalised embedding, [D].
-        alpha: regularisation strength in [0, 1].
-    Returns:
-        Rewards, [N, G].
+    Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is the
+    cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
-    if alpha == 0.0:
-        return frames @ goals.T  # |s| = |g| = 1; also well-defined where goal and baseline coincide
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
-    offsets = frames[:, None, :] - goals[None, :, :]  # s - g, [N, G, D]
-    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, since g is on L
+    offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
+    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, as g is on L: no D x D matrix
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
@@ -179,16 +184,15 @@ PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": 
 
 
 def resolve_clip(clip, pretrained):
-    """Finds a CLIP model's weights without loading them, downloading what is not cached.
+    """Finds a CLIP model's weights, downloading what is not cached, without loading them.
 
-    Returns (name, tag, size): what `open_clip.create_model` takes, and the model's input size in pixels. What cannot be
-    used ends the program, since open_clip would go on with a random model, or the wrong activation, after a warning.
+    Returns the name and tag that `open_clip.create_model` takes and the input size in pixels. Ends the program where open_clip
+    would go on after a warning: with a random model for want of weights, or with another activation than they had.
     """
     if Path(clip).is_dir():
-        if not (Path(clip) / "open_clip_config.json").is_file():
-            fail(f"--clip {clip}: this directory has no open_clip_config.json")
-        if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in Path(clip).iterdir()):
-            fail(f"--clip {clip}: this directory has no weights: put an open_clip_model.safetensors into it")
+        files = {path.name for path in Path(clip).iterdir()}
+        if "open_clip_config.json" not in files or not any(f.endswith((".safetensors", ".bin", ".pth")) for f in files):
+            fail(f"--clip {clip}: the directory needs an open_clip_config.json and an open_clip_model.safetensors")
         name, tag = f"local-dir:{clip}", None
     elif clip.startswith("hf-hub:"):
         name, tag = clip, None
@@ -201,53 +205,43 @@ def resolve_clip(clip, pretrained):
         tag = pretrained or PAPER_WEIGHTS.get(name) or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
         if tag not in tags:
             fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
-        wanted = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-        if wanted != open_clip.get_model_config(name).get("quick_gelu", False):
-            other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
+        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+        if quick != open_clip.get_model_config(name).get("quick_gelu", False):
+            other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
             fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
-    if pretrained and tag is None:
-        fail(f"--clip-pretrained {pretrained}: {clip} brings its own weights, leave the flag out")
+    if pretrained and not tag:
+        fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
     try:
         if tag:
             open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-        elif clip.startswith("hf-hub:"):
+        elif name == clip:
             download_pretrained_from_hf(clip.removeprefix("hf-hub:"))
         size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
     except Exception as error:
-        fail(f"--clip {clip}: the weights are neither cached nor can be downloaded ({type(error).__name__}); "
-             "connect to the network once, or use a local directory such as --clip tests/tiny_clip")
+        fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network once, "
+             "or name a directory, such as --clip tests/tiny_clip")
     return name, tag, size if isinstance(size, int) else size[0]
 
 
 class CLIP:
-    """An open_clip model that embeds frames and prompts.
+    """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
 
-    Args:
-        name: what `open_clip.create_model` takes, as `resolve_clip` returns it.
-        pretrained: the weights' tag, or None where `name` is a directory or a hub id.
-        device: where the model runs.
-        precision: "fp32", "bf16", "fp16" or "auto", which is bf16 on CUDA and fp32 elsewhere.
-        batch_size: frames per forward pass.
-    Raises:
-        RuntimeError: if pretrained weights were not loaded into the whole model.
+    Raises RuntimeError if weights were not loaded into the whole model.
     """
 
     def __init__(self, name, pretrained, device, precision="auto", batch_size=256):
-        self.device = torch.device(device)
-        self.batch_size = batch_size
+        self.device, self.batch_size = torch.device(device), batch_size
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        # Without require_pretrained open_clip returns a *random* model, with only a warning, when weights are missing.
+        # Without require_pretrained, missing weights leave a random model. It also comes with BatchNorm in training mode.
         self.model = open_clip.create_model(name, pretrained, device=self.device, require_pretrained=True)
-        self.model.eval().requires_grad_(False)  # create_model leaves BatchNorm in training mode
+        self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
-        config = open_clip.get_model_preprocess_cfg(self.model)
-        self.transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
-        size = config["size"]
-        self.size = (size, size) if isinstance(size, int) else tuple(size)  # (height, width)
-        self.mean = torch.tensor(config["mean"], device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(config["std"], device=self.device).view(1, 3, 1, 1)
+        config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
+        self.transform, self.size = image_transform_v2(config, is_train=False), config.input_size[1:]  # (h, w)
+        self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
@@ -287,10 +281,10 @@ class CLIP:
 
 
 def build_scene(xml_path, restyle):
-    """Compiles an environment's MuJoCo XML for rendering, in its own look or in ours.
+    """Compiles an environment's XML for rendering, in its own look or in ours: a `mujoco.MjModel` with the same qpos.
 
-    The look is procedural (no image files) and cheap: what only costs time at a CLIP model's resolution (multisampling,
-    shadows, reflections, fine meshes) is off. Returns a `mujoco.MjModel` with the same qpos as the environment's.
+    Our look is procedural, and spares what only costs time at a CLIP's resolution: multisampling, shadows, reflections,
+    fine meshes.
     """
     spec = mujoco.MjSpec.from_file(str(xml_path))
     if not restyle:
@@ -335,18 +329,11 @@ def build_scene(xml_path, restyle):
 
 
 class SceneRenderer:
-    """Renders MuJoCo states, each given by its qpos alone, to RGB frames.
+    """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
 
-    It draws a model of its own, so the simulation stays Gymnasium's to the bit whatever the look, and a saved trajectory
-    of qpos can be rendered again at any size and from any camera. Its OpenGL context opens at the first frame.
-
-    Args:
-        xml_path: the environment's MuJoCo XML.
-        size: pixels, (height, width).
-        distance, elevation, azimuth, lookat: the free camera; meters, degrees, degrees, meters.
-        follow: move the look-at's x and y with the robot's root body. Its height stays: a camera that follows it
-            (as MuJoCo's tracking camera does) hides how high the robot is.
-        restyle: as in `build_scene`.
+    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can be
+    rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow` moves
+    the look-at's x and y with the robot; not its height, which would hide how high the robot is.
     """
 
     opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
@@ -360,12 +347,11 @@ class SceneRenderer:
         self.renderer = None
 
     def __call__(self, qpos):
-        """The frame of one state, uint8 [H, W, 3]."""
+        """The frame of one state, uint8 [H, W, 3]. OpenGL starts at the first one."""
         if self.renderer is None:
             SceneRenderer.opened_by = os.getpid()
-            height, width = self.size
-            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = height, width
-            self.renderer = mujoco.Renderer(self.model, height, width)
+            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
+            self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
@@ -381,15 +367,10 @@ class SceneRenderer:
 
 
 class RenderedEnv(gym.Wrapper):
-    """Puts the frame of each state into its observation, so that the vector environment's shared memory carries it.
+    """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
-    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]. Actions are
-    in [-1, 1]. `terminated` is always False unless `early_termination`.
-
-    Args:
-        env_id, episode_length, early_termination: as the flags.
-        frame_shape: (height, width, 3); MuJoCo is rendered at it, any other environment has it already.
-        scene: keyword arguments of `SceneRenderer`.
+    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; actions are
+    in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene`: SceneRenderer's keywords.
     """
 
     def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
@@ -428,61 +409,55 @@ class RenderedEnv(gym.Wrapper):
         super().close()
 
 
-def describe_environment(env_id, scene):
-    """Makes, resets and renders an environment once: its frame's shape, or None for MuJoCo, rendered at any size.
+def probe_environment(env_id, scene):
+    """Makes and renders an environment once: the shape of its frames, or None for MuJoCo, which has any that is asked for.
 
-    Raises:
-        ValueError: if its actions are not continuous and bounded, or it has no rgb_array rendering.
+    Raises ValueError if its actions are not continuous and bounded, or it has no rgb_array rendering.
     """
     env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
     if not isinstance(env.action_space, gym.spaces.Box):
-        raise ValueError(f"its actions are {env.action_space}, SAC needs continuous ones (a Box): choose another --env-id")
+        raise ValueError(f"its actions are {env.action_space}, but SAC needs continuous ones: choose another environment")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        raise ValueError("its actions have no finite bounds: choose another --env-id")
+        raise ValueError("its actions have no bounds: choose another environment")
     if "rgb_array" not in env.metadata.get("render_modes", []):
-        raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another --env-id")
+        raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another environment")
     env.reset(seed=0)
     if not isinstance(env.unwrapped, MujocoEnv):
         return env.render().shape
     SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
 
 
-def worker_context():
-    """Workers are forked on Linux, before CUDA or a model is up: spawned ones each import torch again (seconds, 500 MB)."""
-    forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
-    return "fork" if forkable else "spawn"
-
-
 def make_envs(args, frame_size):
-    """The rendered vector environment of `--env-id`; `frame_size` in pixels, for MuJoCo.
+    """The vector of rendered environments; MuJoCo's frames are `frame_size` pixels high and wide.
 
-    It is reset by hand (autoreset disabled): the frame that comes with the end of an episode is that of its last state,
-    not of the next one's first. The views that it returns are overwritten by the next step.
+    Autoreset is disabled: the frame at the end of an episode is that of its last state, not of the next one's first. The
+    observations are views of shared memory that the next step overwrites.
     """
     scene = dict(distance=args.camera_distance, elevation=args.camera_elevation, azimuth=args.camera_azimuth,
                  lookat=args.camera_lookat, follow=args.camera_follow, restyle=args.restyle)
+    # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
+    forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
+    context = multiprocessing.get_context("fork" if forkable else "spawn")
     rendering = f"rendering with MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
-    try:  # in a process of its own, so that OpenGL does not start in this one before the workers are forked
-        with multiprocessing.get_context(worker_context()).Pool(1) as pool:
-            shape = pool.apply_async(describe_environment, (args.env_id, scene)).get(timeout=60)
-    except gym.error.DependencyNotInstalled as error:
-        fail(f"--env-id {args.env_id}: {error}")
+    try:
+        with context.Pool(1) as pool:  # OpenGL starts in a process of its own, not in this one
+            shape = pool.apply_async(probe_environment, (args.env_id, scene)).get(timeout=60)
     except multiprocessing.TimeoutError:
-        fail(f"{rendering} gave no frame within 60 s: try MUJOCO_GL=osmesa, or MUJOCO_GL=glfw with a display")
+        fail(f"{rendering} gives no frame within 60 seconds; {EGL_ADVICE}")
     except ImportError as error:
-        fail(f"{rendering} failed ({error}); {EGL_ADVICE}")
+        fail(f"{rendering} fails ({error}); {EGL_ADVICE}")
     except Exception as error:
         fail(f"--env-id {args.env_id}: {error}")
     make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
                              shape or (frame_size, frame_size, 3), scene)
-    envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=worker_context(),
+    envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=context.get_start_method(),
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     envs.reset_async()
     try:
         envs.reset_wait(timeout=120)
     except multiprocessing.TimeoutError:
         envs.close(terminate=True)
-        fail(f"{rendering} hangs with {args.num_envs} processes: try --num-envs 1 or another MUJOCO_GL (egl, osmesa, glfw)")
+        fail(f"{rendering} hangs with {args.num_envs} processes: use --num-envs 1, or another MUJOCO_GL")
     return envs
 
 
@@ -495,27 +470,24 @@ def episode_seeds(*key, n):
 
 
 class RunningNorm(nn.Module):
-    """Scales vectors by the running mean and standard deviation of all it was updated with, clipped to +-10."""
+    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(dim))  # float32 copies: what forward needs
-        self.register_buffer("scale", torch.ones(dim))
 
     def update(self, x):
-        """Merges a batch [N, dim] into the statistics (Chan et al., parallel variance)."""
-        x = x.double()
-        n, total = len(x), self.count + len(x)
-        delta = x.mean(0) - self.mean
-        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
-        self.mean, self.count = self.mean + delta * n / total, total
-        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
+        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
+        n, total, delta = len(x), self.count + len(x), x.double().mean(0) - self.mean
+        var = x.double().var(0, correction=0)
+        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
+        self.count.copy_(total)
 
     def forward(self, x):
-        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
 
 
 def mlp(inputs, outputs, hidden=256):
@@ -541,9 +513,8 @@ class Actor(nn.Module):
         mean, log_std = self(states)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * np.log(2.0 * np.pi)
-        # log(1 - tanh(x)^2), in the form that does not underflow
-        log_prob = log_prob - 2.0 * (np.log(2.0) - x - F.softplus(-2.0 * x))
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+        log_prob = log_prob - 2.0 * (math.log(2.0) - x - F.softplus(-2.0 * x))  # - log(1 - tanh(x)^2), without underflow
         return torch.tanh(x), log_prob.sum(-1)
 
 
@@ -560,21 +531,21 @@ class Critic(nn.Module):
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
 
-class SAC:
+class SAC(nn.Module):
     """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905)."""
 
-    def __init__(self, args, state_dim, action_dim, device):
-        self.args = args
-        self.normalizer = RunningNorm(state_dim).to(device)
-        self.actor = Actor(state_dim, action_dim).to(device)
-        self.critic = Critic(state_dim, action_dim).to(device)
-        self.critic_target = Critic(state_dim, action_dim).to(device).requires_grad_(False)
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.target_entropy = -float(action_dim)
-        self.log_ent_coef = torch.tensor(np.log(args.ent_coef), dtype=torch.float32, device=device, requires_grad=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.learning_rate, fused=True)
-        self.ent_coef_optimizer = torch.optim.Adam([self.log_ent_coef], args.learning_rate)
+    def __init__(self, args, state_dim, action_dim):
+        super().__init__()
+        self.args, self.target_entropy = args, -float(action_dim)
+        self.normalizer = RunningNorm(state_dim)
+        self.actor, self.critic = Actor(state_dim, action_dim), Critic(state_dim, action_dim)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(args.ent_coef)))
+
+    def make_optimizers(self):
+        """Adam for the actor, the critic and the entropy coefficient; call it once the agent is on its device."""
+        groups = {"actor": self.actor.parameters(), "critic": self.critic.parameters(), "ent_coef": [self.log_ent_coef]}
+        self.optimizers = {k: torch.optim.Adam(group, self.args.learning_rate, fused=True) for k, group in groups.items()}
 
     @torch.no_grad()
     def act(self, states, deterministic=False):
@@ -595,23 +566,16 @@ class SAC:
             target = batch["rewards"] + self.args.gamma * (1.0 - batch["terminated"]) * next_q  # [B]
         q = self.critic(states, batch["actions"])  # [2, B]
         critic_loss = (q - target).square().mean(1).sum()
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
+        self.step("critic", critic_loss)
 
         actions, log_prob = self.actor.sample(states)
         self.critic.requires_grad_(False)  # the actor's loss needs gradients of the actions only
         actor_loss = (ent_coef * log_prob - self.critic(states, actions).min(0).values).mean()
-        self.actor_optimizer.zero_grad()
-        actor_loss.backward()
-        self.actor_optimizer.step()
+        self.step("actor", actor_loss)
         self.critic.requires_grad_(True)
 
         if self.args.autotune:
-            ent_coef_loss = -self.log_ent_coef * (log_prob.detach() + self.target_entropy).mean()
-            self.ent_coef_optimizer.zero_grad()
-            ent_coef_loss.backward()
-            self.ent_coef_optimizer.step()
+            self.step("ent_coef", -self.log_ent_coef * (log_prob.detach() + self.target_entropy).mean())
 
         with torch.no_grad():
             for parameter, slow in zip(self.critic.parameters(), self.critic_target.parameters(), strict=True):
@@ -619,17 +583,10 @@ class SAC:
         return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_values": q.detach().mean(),
                 "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
 
-    def state_dict(self):
-        modules = ("normalizer", "actor", "critic", "critic_target", "actor_optimizer", "critic_optimizer",
-                   "ent_coef_optimizer")
-        return {name: getattr(self, name).state_dict() for name in modules} | {"log_ent_coef": self.log_ent_coef.detach()}
-
-    def load_state_dict(self, state):
-        for name, value in state.items():
-            if name == "log_ent_coef":
-                self.log_ent_coef.data.copy_(value)
-            else:
-                getattr(self, name).load_state_dict(value)
+    def step(self, name, loss):
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
 
 
 # ---------------------------------------------------------------- the replay buffer
@@ -640,13 +597,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity, state_dim, action_dim, device):
         self.capacity, self.position, self.size = capacity, 0, 0
-        self.data = {  # memory is taken as it fills
-            "states": torch.empty(capacity, state_dim, device=device),
-            "actions": torch.empty(capacity, action_dim, device=device),
-            "rewards": torch.empty(capacity, device=device),
-            "next_states": torch.empty(capacity, state_dim, device=device),
-            "terminated": torch.empty(capacity, device=device),
-        }
+        shapes = dict(states=(state_dim,), actions=(action_dim,), rewards=(), next_states=(state_dim,), terminated=())
+        self.data = {name: torch.empty(capacity, *shape, device=device) for name, shape in shapes.items()}
 
     def add(self, **transitions):
         """Stores N transitions, each value [N, ...], over the oldest ones; of more than fit, the last are kept."""
@@ -725,21 +677,22 @@ def write_video(path, frames, rewards, fps=30):
 
 
 def check_args(args):
-    """Ends the program with one line over flags that cannot work, before anything slow starts."""
+    """Ends the program over flags that cannot work, before anything slow starts."""
     for name in ("total_timesteps", "num_envs", "episode_length", "batch_size", "buffer_size", "clip_batch_size",
                  "eval_every", "eval_episodes", "checkpoint_every"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not args.goal.strip():
+        fail("--goal is empty: describe the state to reach")
     if not 0.0 <= args.alpha <= 1.0:
         fail(f"--alpha must be in [0, 1], not {args.alpha}")
-    if args.reward != "env":
-        if not args.goal.strip():
-            fail("--goal is empty: describe the state to reach")
-        if args.alpha > 0 and args.goal == args.baseline:
-            fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
-        for template in args.template:
-            if "{}" not in template:
-                fail(f'--template "{template}" has no "{{}}" for the prompt')
+    if args.alpha > 0 and args.goal == args.baseline:
+        fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
+    for template in args.template:
+        if "{}" not in template:
+            fail(f'--template "{template}" has no "{{}}" for the prompt')
+    if args.ent_coef <= 0:
+        fail(f"--ent-coef must be above 0, not {args.ent_coef}")
     if args.env_id not in gym.registry and ":" not in args.env_id:
         near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
         fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
@@ -775,7 +728,8 @@ def train(args):
 
     np_rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    agent = SAC(args, state_dim, action_dim, device)
+    agent = SAC(args, state_dim, action_dim).to(device)
+    agent.make_optimizers()
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), state_dim, action_dim, device)
     score = None
     if args.reward != "env":
@@ -792,7 +746,8 @@ def train(args):
 
     def checkpoint():
         return {"args": json.loads(json.dumps(asdict(args), default=str)), "global_step": global_step,
-                "best_return": best_return, "agent": agent.state_dict()}
+                "best_return": best_return, "agent": agent.state_dict(),
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}}
 
     # A phase is one episode of every environment. Arrays are [T, N, ...].
     shape = (args.episode_length, args.num_envs)

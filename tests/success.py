@@ -1,0 +1,111 @@
+"""Plays trained agents for 100 deterministic episodes and counts those that succeed at kneeling, by VLM-RM's definition.
+
+    python tests/success.py runs/a runs/b runs/c
+    python tests/success.py runs/a runs/b runs/c --gif docs/kneeling.gif --figure docs/kneeling.png
+
+A step is in the goal state when both knees are within 0.12 m of the floor, the torso is upright (its up-axis has a z above
+0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are (VLM-RM, appendix). The
+starts differ from those of training and of its evaluations. Nothing is rendered, so this takes seconds.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import imageio
+import matplotlib
+import mujoco
+import numpy as np
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sac_vlmrm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class Args:
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """folders of finished runs of sac_vlmrm.py"""
+    checkpoint: str = "best.pt"
+    """which of a run's checkpoints is judged: best.pt (highest CLIP return in evaluation, as the paper does) or checkpoint.pt"""
+    episodes: int = 100
+    """deterministic episodes"""
+    gif: Path | None = None
+    """write an episode of the first run here"""
+    figure: Path | None = None
+    """write the runs' learning curves here"""
+
+
+def is_kneeling(model, data):
+    """Whether a Humanoid's state is the goal state of kneeling; `data` after `mj_forward`."""
+    knees = max(data.body("left_shin").xpos[2], data.body("right_shin").xpos[2])
+    upright = data.body("torso").xmat[8]
+    floor = model.geom("floor").id
+    grounded = any(floor in contact.geom and contact.dist < 0.01 for contact in data.contact)
+    return knees <= 0.12 and upright > 0.7 and grounded
+
+
+def kneeling_steps(qpos):
+    """Which states of trajectories of qpos [episodes, T, 24] are kneeling: bool [episodes, T]."""
+    model = gym.make("Humanoid-v5").unwrapped.model
+    data = mujoco.MjData(model)
+    result = np.zeros(qpos.shape[:2], bool)
+    for index in np.ndindex(*result.shape):
+        data.qpos[:] = qpos[index]
+        mujoco.mj_forward(model, data)
+        result[index] = is_kneeling(model, data)
+    return result
+
+
+def play(run_dir, checkpoint, episodes):
+    """qpos [episodes, T, nq] of deterministic episodes of a run's agent."""
+    saved = torch.load(run_dir / checkpoint, weights_only=True)
+    names = {field.name for field in dataclasses.fields(sac_vlmrm.Args)}
+    args = sac_vlmrm.Args(**{k: v for k, v in json.loads((run_dir / "args.json").read_text()).items() if k in names})
+    envs = sac_vlmrm.make_envs(args, 64)
+    envs.set_attr("rendering", False)
+    agent = sac_vlmrm.SAC(args, envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
+    agent.load_state_dict(saved["agent"])
+    result = sac_vlmrm.evaluate(envs, lambda s: agent.act(s, deterministic=True), None, episodes, args.episode_length, 2024)
+    envs.close()
+    return result["qpos"], saved["global_step"]
+
+
+def main(args):
+    trajectories = []
+    for run_dir in args.run_dirs:
+        qpos, frames = play(run_dir, args.checkpoint, args.episodes)
+        steps = kneeling_steps(qpos)
+        trajectories.append(qpos)
+        print(f"{run_dir}: {args.checkpoint} of frame {frames}: {(steps.mean(1) >= 0.5).sum()} of {len(steps)} episodes "
+              f"successful, {steps.mean():.1%} of all steps kneeling, first at step {np.argmax(steps, 1).mean():.0f}")
+    if args.figure:
+        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        for run_dir in args.run_dirs:
+            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+            for tag, style in (("charts/clip_return", "-"), ("eval/clip_return", "o")):
+                points = [(event.step, event.value) for event in events.Scalars(tag)]
+                axes.plot(*zip(*points, strict=True), style, markersize=4, alpha=0.8,
+                          color=f"C{args.run_dirs.index(run_dir)}",
+                          label=f"{run_dir.name}, {'exploring' if style == '-' else 'evaluation'}")
+        axes.set(xlabel="environment frames", ylabel="CLIP return of an episode")
+        axes.legend(fontsize=7)
+        figure.savefig(args.figure, dpi=110)
+    if args.gif:
+        scene = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 0.9), follow=True, restyle=True)
+        render = sac_vlmrm.SceneRenderer(gym.make("Humanoid-v5").unwrapped.fullpath, (240, 240), **scene)
+        frames = [np.concatenate([render(q[t]) for q in trajectories[0][:3]], axis=1) for t in range(0, 100, 2)]
+        imageio.mimsave(args.gif, frames, duration=60, loop=0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

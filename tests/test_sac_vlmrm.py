@@ -1,0 +1,433 @@
+"""Behaviour of sac_vlmrm.py, through its own functions and its command line, on real renders and the embedded CLIP."""
+
+import copy
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sac_vlmrm
+from sac_vlmrm import CLIP, SAC, Args, ReplayBuffer, RunningNorm, SceneRenderer, regularized_reward
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
+SCENE = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 1), follow=True, restyle=True)
+TINY_RUN = dict(clip=TINY_CLIP, num_envs=2, episode_length=10, learning_starts=40, updates_per_frame=0.5, batch_size=32,
+                total_timesteps=80, eval_every=10**9, eval_episodes=2, video=False, device="cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+
+
+def render_states(env_id, states):
+    """Frames [n, 96, 96, 3] of MuJoCo states with the scripts' default camera."""
+    render = SceneRenderer(gym.make(env_id).unwrapped.fullpath, (96, 96), **SCENE)
+    return np.stack([render(qpos) for qpos in states])
+
+
+@pytest.fixture(scope="module")
+def render():
+    """`render_states` in a process of its own: one that has started OpenGL can no longer fork its environments."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield lambda *arguments: pool.apply(render_states, arguments)
+
+
+@pytest.fixture(scope="module")
+def kneeling():
+    """A committed render of the kneeling humanoid, [96, 96, 3]."""
+    return np.asarray(Image.open(ROOT / "tests" / "tiny_clip" / "kneeling.png").convert("RGB"))
+
+
+def run(*flags, env=None):
+    command = [sys.executable, str(ROOT / "sac_vlmrm.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})})
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+# ---- the reward
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_reward_is_the_papers_equation_with_an_explicit_projection(alpha):
+    rng = np.random.default_rng(0)
+    s, g, b = unit(rng, 6, 16), unit(rng, 3, 16), unit(rng, 16)
+    expected = np.empty((6, 3))
+    for j in range(3):
+        d = g[j] - b
+        projection = np.outer(d, d) / (d @ d)  # D x D, onto the direction of the line through b and g
+        for i in range(6):
+            on_line = b + projection @ (s[i] - b)
+            expected[i, j] = 1 - 0.5 * np.sum((alpha * on_line + (1 - alpha) * s[i] - g[j]) ** 2)
+    actual = regularized_reward(*(torch.from_numpy(x) for x in (s, g, b)), alpha)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-12)
+
+
+def test_reward_limits():
+    rng = np.random.default_rng(1)
+    s, g, b = (torch.from_numpy(x) for x in (unit(rng, 5, 8), unit(rng, 2, 8), unit(rng, 8)))
+    torch.testing.assert_close(regularized_reward(s, g, b, 0.0), s @ g.T)  # alpha 0: the cosine
+    d = torch.nn.functional.normalize(g[0] - b, dim=0)
+    orthogonal = torch.from_numpy(unit(rng, 8))
+    orthogonal = orthogonal - (orthogonal @ d) * d
+    moved = regularized_reward(s + orthogonal, g[:1], b, 1.0)  # alpha 1: what is orthogonal to g - b does not count
+    torch.testing.assert_close(moved, regularized_reward(s, g[:1], b, 1.0))
+    torch.testing.assert_close(regularized_reward(g, g, b, 0.7).diag(), torch.ones(2, dtype=torch.float64))
+
+
+# ---- CLIP
+
+
+def test_golden_values_of_the_embedded_clip(clip, kneeling):
+    goal, baseline = clip.encode_text(["a humanoid robot kneeling", "a humanoid robot"]).split(1)
+    embedding = clip.encode_images(kneeling[None])
+    assert embedding.norm().item() == pytest.approx(1.0, abs=1e-6)
+    rewards = [regularized_reward(embedding, goal, baseline[0], alpha).item() for alpha in (0.0, 0.5, 1.0)]
+    assert rewards == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def test_clip_prefers_the_sentence_of_the_frame(clip, kneeling):
+    prompts = ["a humanoid robot kneeling", "a humanoid robot standing up", "a humanoid robot lying on its back"]
+    similarities = clip.encode_images(kneeling[None]) @ clip.encode_text(prompts).T
+    assert similarities.argmax() == 0
+    upside_down = clip.encode_images(kneeling[::-1].copy()[None]) @ clip.encode_text(prompts).T
+    assert upside_down[0, 0] < similarities[0, 0] - 0.1
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (480, 480), (400, 600), (64, 80)])
+def test_preprocessing_is_open_clips_own(clip, shape):
+    frames = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), np.uint8)
+    _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{TINY_CLIP}")
+    expected = torch.stack([transform(Image.fromarray(frame)) for frame in frames])
+    torch.testing.assert_close(clip.preprocess(torch.from_numpy(frames)), expected, rtol=0, atol=1e-6)
+
+
+def test_embeddings_do_not_depend_on_the_chunk_size(clip):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 96, 96, 3), np.uint8)
+    whole = clip.encode_images(frames)
+    small = copy.copy(clip)
+    small.batch_size = 3
+    torch.testing.assert_close(small.encode_images(frames), whole, rtol=0, atol=1e-5)
+
+
+def test_templates_are_averaged_after_normalisation(clip):
+    single = [clip.encode_text(["robot"], [template]) for template in ("a {}", "one {}, kneeling")]
+    torch.testing.assert_close(clip.encode_text(["robot"], ("a {}", "one {}, kneeling")), sum(single) / 2)
+
+
+# ---- the rendered environments
+
+
+def test_a_frame_is_upright_and_shows_the_robot_from_its_qpos_alone(render):
+    env = gym.make("Humanoid-v5")
+    env.reset(seed=0)
+    qpos = env.unwrapped.data.qpos.copy()
+    far, low = qpos.copy(), qpos.copy()
+    far[:2] += (3.0, -2.0)
+    low[2] -= 0.5
+    frame, far_frame, low_frame, again = render("Humanoid-v5", [qpos, far, low, qpos])
+    assert frame.shape == (96, 96, 3) and frame.dtype == np.uint8
+    sky, floor = frame[:20].mean((0, 1)), frame[-20:].mean((0, 1))
+    assert sky[2] - sky[0] > 40 and abs(floor[2] - floor[0]) < 20  # a blue sky above a grey floor
+    robot = (frame > 110).all(-1)  # it is lighter than both
+    rows, columns = np.nonzero(robot)
+    assert 100 < robot.sum() < 600 and 42 < columns.mean() < 54 and 20 < rows.min() < rows.max() < 80
+    far_robot = (far_frame > 110).all(-1)
+    assert (far_robot == robot).mean() > 0.99  # the camera follows x and y
+    assert np.nonzero((low_frame > 110).all(-1))[0].mean() > rows.mean() + 5  # but never the height
+    np.testing.assert_array_equal(again, frame)
+
+
+def test_every_frame_scored_is_the_one_after_its_step_also_the_last_of_an_episode(tmp_path, monkeypatch, render):
+    scored = []
+    encode = CLIP.encode_images
+    monkeypatch.setattr(CLIP, "encode_images", lambda self, x: scored.append(x.copy()) or encode(self, x))
+    args = Args(**{**TINY_RUN, "total_timesteps": 40, "learning_starts": 40, "run_dir": tmp_path / "run"})
+    sac_vlmrm.train(args)
+    frames = np.concatenate(scored[:2]).reshape(2, 10, 2, 96, 96, 3)  # two phases [T, N, ...]; then the evaluation's
+
+    # The same episodes, played by plain Gymnasium with the same actions and rendered from its states.
+    rng = np.random.default_rng(args.seed)
+    states = []
+    for phase in range(2):
+        envs = [gym.make("Humanoid-v5", max_episode_steps=10) for _ in range(2)]
+        for env, seed in zip(envs, sac_vlmrm.episode_seeds(args.seed, 0, phase * 20, n=2), strict=True):
+            env.reset(seed=seed)
+        for t in range(10):
+            actions = rng.uniform(-1.0, 1.0, (2, 17)).astype(np.float32)
+            for n, env in enumerate(envs):
+                env.step(actions[n] * 0.4)  # the Humanoid's bounds
+                states.append(env.unwrapped.data.qpos.copy())
+    expected = render("Humanoid-v5", states).reshape(frames.shape)
+    difference = np.abs(expected.astype(int) - frames).max((-1, -2, -3))
+    assert difference.max() <= 2, difference
+
+
+def test_terminations_are_ignored_unless_asked_for(tmp_path):
+    flags = dict(TINY_RUN, env_id="Hopper-v5", episode_length=60, total_timesteps=120, learning_starts=10**6, reward="env")
+    run_dir = sac_vlmrm.train(Args(**{**flags, "run_dir": tmp_path / "a"}))
+    assert scalars(run_dir)["charts/episodic_length"] == [(120, 60.0)]
+    run_dir = sac_vlmrm.train(Args(**{**flags, "run_dir": tmp_path / "b", "early_termination": True}))
+    assert scalars(run_dir)["charts/episodic_length"][0][1] < 40  # a random hopper falls within some 20 steps
+
+
+# ---- SAC
+
+
+def test_replay_buffer_wraps_around_and_keeps_the_newest():
+    buffer = ReplayBuffer(5, 1, 1, "cpu")
+
+    def add(values):
+        x = torch.tensor(values, dtype=torch.float32)
+        buffer.add(states=x[:, None], actions=x[:, None], rewards=x, next_states=x[:, None] + 1, terminated=x > 100)
+
+    add([0, 1, 2])
+    assert buffer.size == 3 and set(buffer.sample(100)["rewards"].tolist()) == {0, 1, 2}
+    add([3, 4, 5, 6])
+    assert buffer.size == 5 and set(buffer.data["rewards"].tolist()) == {2, 3, 4, 5, 6}
+    add(list(range(10, 22)))  # more than it holds
+    assert set(buffer.data["rewards"].tolist()) == {17, 18, 19, 20, 21}
+    batch = buffer.sample(1000)
+    assert set(batch["rewards"].tolist()) == {17, 18, 19, 20, 21}
+    torch.testing.assert_close(batch["next_states"], batch["states"] + 1)  # rows stay together
+    torch.testing.assert_close(batch["states"][:, 0], batch["rewards"])
+
+
+def test_running_norm_is_the_mean_and_deviation_of_all_batches():
+    x = np.random.default_rng(0).normal(5.0, [1.0, 1000.0], (300, 2))
+    norm = RunningNorm(2)
+    for part in np.split(x, [10, 11, 150]):
+        norm.update(torch.from_numpy(part).float())
+    np.testing.assert_allclose(norm.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(norm.var, x.var(0), rtol=1e-5)
+    expected = ((x - x.mean(0)) / x.std(0)).clip(-10, 10)
+    np.testing.assert_allclose(norm(torch.from_numpy(x).float()), expected, atol=1e-3)
+
+
+def make_agent(dtype=torch.float32, **flags):
+    torch.manual_seed(0)
+    agent = SAC(Args(learning_rate=1e-3, gamma=0.9, tau=0.1, **flags), 3, 2).to(dtype)
+    agent.make_optimizers()
+    rng = np.random.default_rng(0)
+    batch = dict(states=rng.normal(size=(16, 3)), actions=rng.uniform(-1, 1, (16, 2)), rewards=rng.normal(size=16),
+                 next_states=rng.normal(size=(16, 3)), terminated=rng.integers(0, 2, 16))  # fmt: skip
+    return agent, {name: torch.tensor(value, dtype=dtype) for name, value in batch.items()}
+
+
+def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
+    """SAC from Haarnoja et al.'s equations with torch.distributions, its own loops and unfused Adam."""
+    actor, q1, q2, target1, target2 = nets
+    normal, tanh = torch.distributions.Normal, torch.distributions.transforms.TanhTransform
+
+    def policy(states):
+        mean, raw = actor(states).split(2, dim=1)
+        log_std = -5 + 0.5 * (2 - -5) * (torch.tanh(raw) + 1)
+        squashed = torch.distributions.TransformedDistribution(normal(mean, log_std.exp()), [tanh(cache_size=1)])
+        action = squashed.rsample()
+        return action, squashed.log_prob(action).sum(1)
+
+    def q(net, states, actions):
+        return net(torch.cat([states, actions], 1))[:, 0]
+
+    ent_coef = log_ent_coef.exp().item()
+    with torch.no_grad():
+        action, log_prob = policy(batch["next_states"])
+        value = torch.minimum(*(q(net, batch["next_states"], action) for net in (target1, target2))) - ent_coef * log_prob
+        y = torch.where(batch["terminated"] == 1, batch["rewards"], batch["rewards"] + gamma * value)
+    for net in (q1, q2):
+        loss = torch.nn.functional.mse_loss(q(net, batch["states"], batch["actions"]), y)
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        for p, grad in zip(net.parameters(), grads, strict=True):
+            p.grad = grad
+    optimizers["critic"].step()
+    action, log_prob = policy(batch["states"])
+    loss = (ent_coef * log_prob - torch.minimum(q(q1, batch["states"], action), q(q2, batch["states"], action))).mean()
+    for p, grad in zip(actor.parameters(), torch.autograd.grad(loss, list(actor.parameters())), strict=True):
+        p.grad = grad
+    optimizers["actor"].step()
+    log_ent_coef.grad = -(log_prob.detach() - 2.0).mean()  # the target entropy is minus two action dimensions
+    optimizers["ent_coef"].step()
+    with torch.no_grad():
+        for net, slow in ((q1, target1), (q2, target2)):
+            for p, s in zip(net.parameters(), slow.parameters(), strict=True):
+                s.copy_(tau * p + (1 - tau) * s)
+
+
+def test_update_matches_an_independent_implementation():
+    agent, batch = make_agent(torch.float64)
+    reference = copy.deepcopy(agent)
+    critic, target = reference.critic, reference.critic_target
+    nets = [reference.actor.net, critic.q1, critic.q2, target.q1, target.q2]
+    groups = {"actor": nets[0].parameters(), "critic": [*critic.q1.parameters(), *critic.q2.parameters()],
+              "ent_coef": [reference.log_ent_coef]}  # fmt: skip
+    optimizers = {name: torch.optim.Adam(group, 1e-3, fused=False, foreach=False) for name, group in groups.items()}
+    torch.manual_seed(1)
+    for _ in range(3):
+        losses = agent.update(batch)
+    torch.manual_seed(1)
+    for _ in range(3):
+        reference_update(nets, reference.log_ent_coef, optimizers, batch, 0.9, 0.1)
+    assert all(np.isfinite(loss.item()) for loss in losses.values())
+    for (name, p), q in zip(agent.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_targets_bootstrap_unless_terminated():
+    agent, batch = make_agent(autotune=False)
+    batch["rewards"][:] = 0.0
+    for parameter in agent.critic_target.parameters():
+        parameter.zero_()
+    agent.critic_target.q1[-1].bias.fill_(50.0)
+    agent.critic_target.q2[-1].bias.fill_(100.0)
+    losses = []
+    for terminated in (1.0, 0.0):
+        batch["terminated"][:] = terminated
+        losses.append(copy.deepcopy(agent).update(batch)["critic_loss"].item())
+    assert losses[0] < 10 and losses[1] == pytest.approx(2 * (0.9 * 50) ** 2, rel=0.3)  # the smaller target counts
+
+
+def test_actions_are_the_squashed_mean_when_deterministic():
+    agent, batch = make_agent()
+    states = batch["states"].numpy()
+    a, b = (agent.act(states, deterministic=True) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert (np.abs(agent.act(states)) < 1).all() and (agent.act(states) != agent.act(states)).any()
+
+
+# ---- whole runs
+
+
+def load(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+GOLDEN = [0.0, 0.0, 0.0]
+
+
+def test_same_seed_same_numbers(tmp_path):
+    runs = [sac_vlmrm.train(Args(**TINY_RUN, seed=seed, run_dir=tmp_path / str(i))) for i, seed in enumerate((1, 1, 2))]
+    a, b, c = (load(r)["agent"] for r in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["actor.net.0.weight"], c["actor.net.0.weight"])
+    logs = [scalars(r) for r in runs]
+    for tag in ("charts/clip_return", "charts/env_return", "losses/critic_loss", "eval/clip_return"):
+        assert logs[0][tag] == logs[1][tag] and len(logs[0][tag]) > 0
+
+
+def test_command_line_run_leaves_checkpoint_events_video_and_rollout(tmp_path, clip, render):
+    run_dir = tmp_path / "run"
+    result = run("--goal", "a humanoid robot kneeling", "--clip", TINY_CLIP, "--num-envs", 2, "--episode-length", 20,
+                 "--total-timesteps", 200, "--learning-starts", 80, "--updates-per-frame", 0.25, "--eval-every", 100,
+                 "--eval-episodes", 3, "--batch-size", 32, "--checkpoint-every", 100, "--run-dir", run_dir)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert str(run_dir) in result.stdout
+    for name in ("checkpoint.pt", "best.pt"):
+        saved = torch.load(run_dir / name, weights_only=True)
+        agent = SAC(Args(), saved["agent"]["normalizer.mean"].numel(), 17)
+        agent.load_state_dict(saved["agent"])
+        assert agent.act(np.zeros((1, 348), np.float32)).shape == (1, 17)
+    assert load(run_dir)["global_step"] == 200
+    assert json.loads((run_dir / "args.json").read_text())["goal"] == "a humanoid robot kneeling"
+    logged = scalars(run_dir)
+    for tag in ("charts/clip_return", "charts/env_return", "charts/SPS", "charts/episodic_length", "losses/critic_loss",
+                "losses/actor_loss", "eval/clip_return", "time/collect", "time/label", "time/update"):  # fmt: skip
+        assert logged[tag], tag
+    assert [step for step, _ in logged["eval/clip_return"]] == [120, 200]  # phases are 40 frames
+    video = imageio.mimread(run_dir / "videos" / "200.mp4", memtest=False)
+    assert len(video) == 20 and video[0].shape == (384, 384, 3) and np.std(video[-1]) > 10
+    rollout = np.load(run_dir / "rollouts" / "200.npz")
+    assert rollout["qpos"].shape == (3, 20, 24) and rollout["clip_rewards"].shape == (3, 20)
+    assert logged["eval/clip_return"][-1][1] == pytest.approx(rollout["clip_rewards"].sum(1).mean(), rel=1e-4)
+    # a saved state, rendered and scored again, has the reward it had in training
+    goal, baseline = clip.encode_text(["a humanoid robot kneeling", "a humanoid robot"]).split(1)
+    frames = render("Humanoid-v5", list(rollout["qpos"][1]))
+    again = regularized_reward(clip.encode_images(frames), goal, baseline[0], 0.0)
+    np.testing.assert_allclose(again[:, 0], rollout["clip_rewards"][1], atol=1e-4)
+
+
+def test_an_environment_that_is_not_mujoco_is_rendered_and_resized(tmp_path):
+    pytest.importorskip("pygame")
+    run_dir = sac_vlmrm.train(Args(**{**TINY_RUN, "env_id": "Pendulum-v1", "run_dir": tmp_path / "run", "video": True}))
+    assert load(run_dir)["global_step"] == 80 and list((run_dir / "videos").iterdir())
+
+
+def test_the_slow_run_warning_names_what_takes_the_time(capsys):
+    sac_vlmrm.warn_if_slow(Args(), label_seconds=800.0, collect_seconds=2.0, frames=800)
+    message = capsys.readouterr().err
+    assert "116 days" in message and "--clip" in message and message.count("\n") == 1
+    sac_vlmrm.warn_if_slow(Args(), label_seconds=1.0, collect_seconds=2.0, frames=800)
+    assert capsys.readouterr().err == ""
+
+
+BAD_INPUT = {
+    "goal": (["--goal", " "], "--goal"),
+    "alpha": (["--alpha", "1.5"], "--alpha"),
+    "goal is baseline": (["--goal", "x", "--baseline", "x", "--alpha", "0.5"], "--baseline"),
+    "template": (["--template", "a photo"], "--template"),
+    "architecture": (["--clip", "ViT-L-41"], "ViT-L-14"),
+    "weights tag": (["--clip", "ViT-L-14", "--clip-pretrained", "nobody"], "laion2b_s32b_b82k"),
+    "activation": (["--clip", "ViT-L-14", "--clip-pretrained", "openai"], "ViT-L-14-quickgelu"),
+    "clip directory": (["--clip", str(ROOT / "tests")], "open_clip_config.json"),
+    "environment": (["--env-id", "Humanoid-v55"], "Humanoid-v5"),
+    "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "continuous"),
+    "count": (["--num-envs", "0"], "--num-envs"),
+    "device": (["--device", "cuda"], "--device cpu"),
+}
+
+
+@pytest.mark.parametrize("flags,named", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = run(*flags, "--run-dir", tmp_path / "run")
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "warning" not in line.lower()]
+    assert len(lines) == 1 and named in lines[0] and "Traceback" not in result.stderr, result.stderr
+
+
+def test_without_egl_one_line_names_the_package(tmp_path):
+    (tmp_path / "mujoco.py").write_text("raise AttributeError(\"'NoneType' object has no attribute 'eglQueryString'\")")
+    result = run("--help", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2 and "apt-get install" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_weights_that_do_not_load_are_never_used(tmp_path):
+    config = json.loads((Path(TINY_CLIP) / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        sac_vlmrm.resolve_clip(str(tmp_path), None)
+    with pytest.raises(RuntimeError):
+        CLIP(f"local-dir:{tmp_path}", None, "cpu")
+
+
+def test_flags_are_documented_and_the_inline_metadata_pins_what_requirements_pin():
+    source = (ROOT / "sac_vlmrm.py").read_text()
+    for field in dataclasses.fields(Args):
+        after = source.split(f"    {field.name}: ", 1)[1].split("\n")[1]
+        assert after.strip().startswith('"""'), field.name
+    pins = [line.strip().strip('#", ') for line in source.split("# dependencies = [")[1].split("# ]")[0].splitlines()]
+    required = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    runtime = [pin for pin in required if pin and not pin.startswith(("pytest", "matplotlib", "safetensors"))]
+    assert [pin for pin in pins if pin] == runtime
