@@ -1,12 +1,12 @@
 """VLM-RM in one file: SAC learns a task from a sentence, with a CLIP model as the reward function.
 
-Episodes are collected in parallel rendered environments; one batched CLIP pass scores every frame by how well it matches
-`--goal`; the labelled transitions go to a replay buffer; SAC learns from it. No reward function of the environment is used.
-Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024,
-arXiv 2310.12921), cited below as VLM-RM, algorithm 1.
+Episodes are collected in parallel rendered environments, one batched CLIP pass scores every frame by how well it matches
+`--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of Rocamonde et al.,
+"Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv 2310.12921), cited below
+as VLM-RM. The defaults are its humanoid settings.
 
     python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
-    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip tests/tiny_clip --total-timesteps 100000 --updates-per-frame 0.5
+    python sac_vlmrm.py --goal "a humanoid robot standing up, with both arms raised" --clip ViT-bigG-14 --seed 2
     python sac_vlmrm.py --reward env --env-id Hopper-v5 --early-termination --episode-length 1000 --num-envs 1
 """
 
@@ -105,7 +105,7 @@ class Args:
     clip: str = "ViT-L-14"
     """open_clip architecture, `hf-hub:ORG/NAME`, or a directory that holds an open_clip_config.json and weights"""
     clip_pretrained: str | None = None
-    """tag of an architecture's weights (default: the paper's for its models, else one trained on LAION-2B if there is)"""
+    """tag of an architecture's weights (default: the paper's for its models, else one trained on LAION-2B)"""
     clip_batch_size: int = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -170,8 +170,8 @@ def regularized_reward(frames, goals, baseline, alpha):
 
         R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2
 
-    Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is the
-    cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
+    Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
+    the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
     offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
@@ -186,8 +186,8 @@ PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": 
 def resolve_clip(clip, pretrained):
     """Finds a CLIP model's weights, downloading what is not cached, without loading them.
 
-    Returns the name and tag that `open_clip.create_model` takes and the input size in pixels. Ends the program where open_clip
-    would go on after a warning: with a random model for want of weights, or with another activation than they had.
+    Returns the name and tag that `open_clip.create_model` takes, and the input size in pixels. Ends the program where
+    open_clip would only warn: over missing weights (it makes random ones) and over a wrong activation.
     """
     if Path(clip).is_dir():
         files = {path.name for path in Path(clip).iterdir()}
@@ -218,8 +218,8 @@ def resolve_clip(clip, pretrained):
             download_pretrained_from_hf(clip.removeprefix("hf-hub:"))
         size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
     except Exception as error:
-        fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network once, "
-             "or name a directory, such as --clip tests/tiny_clip")
+        fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network, or "
+             "name a directory, such as --clip tests/tiny_clip")
     return name, tag, size if isinstance(size, int) else size[0]
 
 
@@ -234,7 +234,7 @@ class CLIP:
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        # Without require_pretrained, missing weights leave a random model. It also comes with BatchNorm in training mode.
+        # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
         self.model = open_clip.create_model(name, pretrained, device=self.device, require_pretrained=True)
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
@@ -307,7 +307,7 @@ def build_scene(xml_path, restyle):
         for geom in body.geoms:
             if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
                 geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
-                geom.size[2] = 5.0  # meters between grid lines; at the Humanoid's 0.125 the floor alone takes 3 ms a frame
+                geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
             elif geom.rgba[3] > 0:  # keep what is invisible invisible
                 shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
                 geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
@@ -331,9 +331,9 @@ def build_scene(xml_path, restyle):
 class SceneRenderer:
     """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
 
-    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can be
-    rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow` moves
-    the look-at's x and y with the robot; not its height, which would hide how high the robot is.
+    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can
+    be rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow`
+    moves the look-at's x and y with the robot; not its height, which would hide how high the robot is.
     """
 
     opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
@@ -369,13 +369,15 @@ class SceneRenderer:
 class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
-    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; actions are
-    in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene`: SceneRenderer's keywords.
+    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; actions
+    are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` holds the keywords
+    of SceneRenderer.
     """
 
     def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
         env = gym.make(env_id, render_mode="rgb_array", max_episode_steps=episode_length, disable_env_checker=True)
-        super().__init__(gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))))
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        super().__init__(gym.wrappers.FlattenObservation(env))
         self.early_termination = early_termination
         self.rendering = True  # set to False where nobody looks
         self.blank = np.zeros(frame_shape, np.uint8)
@@ -410,13 +412,13 @@ class RenderedEnv(gym.Wrapper):
 
 
 def probe_environment(env_id, scene):
-    """Makes and renders an environment once: the shape of its frames, or None for MuJoCo, which has any that is asked for.
+    """Makes and renders an environment once: the shape of its frames, or None for MuJoCo, which can have any.
 
     Raises ValueError if its actions are not continuous and bounded, or it has no rgb_array rendering.
     """
     env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
     if not isinstance(env.action_space, gym.spaces.Box):
-        raise ValueError(f"its actions are {env.action_space}, but SAC needs continuous ones: choose another environment")
+        raise ValueError(f"SAC needs continuous actions, not {env.action_space}: choose another environment")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         raise ValueError("its actions have no bounds: choose another environment")
     if "rgb_array" not in env.metadata.get("render_modes", []):
@@ -430,8 +432,8 @@ def probe_environment(env_id, scene):
 def make_envs(args, frame_size):
     """The vector of rendered environments; MuJoCo's frames are `frame_size` pixels high and wide.
 
-    Autoreset is disabled: the frame at the end of an episode is that of its last state, not of the next one's first. The
-    observations are views of shared memory that the next step overwrites.
+    Autoreset is disabled: the frame at the end of an episode is that of its last state, not of the next one's first.
+    Observations are views of shared memory that the next step overwrites.
     """
     scene = dict(distance=args.camera_distance, elevation=args.camera_elevation, azimuth=args.camera_azimuth,
                  lookat=args.camera_lookat, follow=args.camera_follow, restyle=args.restyle)
@@ -514,7 +516,7 @@ class Actor(nn.Module):
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        log_prob = log_prob - 2.0 * (math.log(2.0) - x - F.softplus(-2.0 * x))  # - log(1 - tanh(x)^2), without underflow
+        log_prob = log_prob - 2.0 * (math.log(2.0) - x - F.softplus(-2.0 * x))  # log(1 - tanh(x)^2) without underflow
         return torch.tanh(x), log_prob.sum(-1)
 
 
@@ -537,15 +539,16 @@ class SAC(nn.Module):
     def __init__(self, args, state_dim, action_dim):
         super().__init__()
         self.args, self.target_entropy = args, -float(action_dim)
-        self.normalizer = RunningNorm(state_dim)
+        self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
         self.actor, self.critic = Actor(state_dim, action_dim), Critic(state_dim, action_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_ent_coef = nn.Parameter(torch.tensor(math.log(args.ent_coef)))
 
     def make_optimizers(self):
         """Adam for the actor, the critic and the entropy coefficient; call it once the agent is on its device."""
-        groups = {"actor": self.actor.parameters(), "critic": self.critic.parameters(), "ent_coef": [self.log_ent_coef]}
-        self.optimizers = {k: torch.optim.Adam(group, self.args.learning_rate, fused=True) for k, group in groups.items()}
+        adam = functools.partial(torch.optim.Adam, lr=self.args.learning_rate, fused=True)
+        self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters()),
+                           "ent_coef": adam([self.log_ent_coef])}
 
     @torch.no_grad()
     def act(self, states, deterministic=False):
@@ -667,8 +670,8 @@ def write_video(path, frames, rewards, fps=30):
         for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
             image = Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
             draw = ImageDraw.Draw(image)
-            filled = (reward - low) / max(high - low, 1e-8)  # the bar spans this episode's rewards
-            draw.rectangle((8, image.height - 14, 8 + filled * (image.width - 16), image.height - 8), fill=(255, 200, 0))
+            width = (reward - low) / max(high - low, 1e-8) * (image.width - 16)  # the bar spans this episode's rewards
+            draw.rectangle((8, image.height - 14, 8 + width, image.height - 8), fill=(255, 200, 0))
             draw.text((8, 6), f"step {t + 1}   reward {reward:+.4f}", fill=(255, 255, 255), font_size=18)
             writer.append_data(np.asarray(image))
 
@@ -798,7 +801,7 @@ def train(args):
         buffer.add(**labelled)
         if args.normalize_obs:
             agent.normalizer.update(labelled["states"].to(device))
-        if global_step > args.learning_starts:
+        if global_step >= args.learning_starts:
             owed_updates += phase_frames * args.updates_per_frame
         while owed_updates >= 1.0:
             owed_updates -= 1.0
@@ -831,7 +834,8 @@ def train(args):
             if args.video:
                 n = result["lengths"][0]
                 write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
-            np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", env_id=args.env_id, goal=args.goal, **result)
+            result |= {"env_id": args.env_id, "goal": args.goal}
+            np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", **result)
             if shown.sum(1).mean() > best_return:  # VLM-RM also keeps the checkpoint with the highest CLIP reward
                 best_return = float(shown.sum(1).mean())
                 save_atomically(checkpoint(), run_dir / "best.pt")
@@ -844,8 +848,8 @@ def train(args):
 
         charts["charts/SPS"] = global_step / (time.time() - start_time)
         charts |= {f"losses/{name}": loss for name, loss in losses.items()}
-        shares = np.diff(clock) / (clock[-1] - clock[0])
-        charts |= {f"time/{p}": s for p, s in zip(("collect", "label", "update", "evaluate", "save"), shares, strict=True)}
+        for phase, seconds in zip(("collect", "label", "update", "evaluate", "save"), np.diff(clock), strict=True):
+            charts[f"time/{phase}"] = seconds / (clock[-1] - clock[0])
         for name, value in charts.items():
             writer.add_scalar(name, value, global_step)
         headline = "clip_return" if score else "env_return"
@@ -863,8 +867,8 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
         advice = ("a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs")
-        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label "
-                   f"frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
+        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
+                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
                    file=sys.stderr)
 
 

@@ -124,7 +124,7 @@ TEMPLATES = ["{}"] * 8 + [
     "{} (in|inside) (a|the) (simulator|simulation|physics simulation|virtual world|computer simulation|physics engine)",
     "{} (rendered|shown|simulated) (in|by|with) (mujoco|a simulator|a physics engine)", "(a simulation|an animation|footage) of {}",
     "(there is|we see|here is|this is|you can see|the camera shows) {}", "{}, (seen|viewed|pictured) from (the front|the side|afar|behind|a distance|above)",
-    "{} (on|over) (a|the) (checkered|tiled|grey|chequered|dark|) (floor|ground|plane)", "{} (under|against|below) (a|the) (blue|clear|dark) sky",
+    "{} (on|over) (a|the) (checkered|tiled|grey|chequered|dark) (floor|ground|plane)", "{} (under|against|below) (a|the) (blue|clear|dark) sky",
     "{}, (3d render|cgi|low resolution|full body|realistic|digital art)",
 ]
 LINKS = ["{s} {p}"] * 5 + ["{s} (is|that is|which is|who is|seen|shown|) {p}", "{s}, {p}", "{p}", "{p}", "(a scene with|) {s}: {p}", "{s} (currently|now|calmly|still|simply|just) {p}"]
@@ -165,7 +165,7 @@ POSTURES = {
         ["sits", "sits down", f"sits on the {FLOOR}", "(is|stays|has) (seated|sat down)", "sits with its legs (out|stretched|forward|extended|in front)", "(takes|took) a seat", "(rests|is) on its (bottom|butt|backside)"],
         ["sitting", "seated"]),
     "back": (
-        ["lying on its back", "lying on its back", "(lying|laying|flat|resting|sleeping|asleep|down) on (its|the) back", "(lying|laying) (flat|) (face up|faceup|supine|facing up)", "supine", "(lying|down) on the (floor|ground), (face up|facing the sky|looking up|chest up)",
+        ["lying on its back", "lying on its back", "(lying|laying|flat|resting|sleeping|down) on (its|the) back", "(lying|laying) (flat|) (face up|faceup|supine|facing up)", "supine", "(lying|down) on the (floor|ground), (face up|facing the sky|looking up|chest up)",
          "face up", f"with (its|the) (back|spine) (on|against|to|flat on) the {FLOOR}", "(fallen|knocked|thrown) (on|onto) its back", "facing (up|the sky|upwards), lying down", "(looking|staring) (up|at the sky|upwards) from the (floor|ground)", "on its (back|spine)", "(belly|chest|front|face|visor) (up|to the sky|upwards|facing up)"],
         ["lies on its back", "(lies|rests|sleeps|is) (flat|) on its back", "lies (face up|supine|facing the sky)", "(has fallen|fell|falls|rolled|toppled) (on|onto|over on) its back", "(looks|stares|gazes) (up|at the sky) (lying|from the floor)", "(rests|lies) on its spine"],
         ["supine", "face-up"]),
@@ -202,7 +202,7 @@ POSTURES = {
         ["(has collapsed|collapses|crumples|slumps)", "lies in a (heap|tangle|mess)", "(twists|contorts) itself"], ["tangled", "twisted", "contorted", "collapsed", "crumpled"]),
 }
 ARMS = {
-    "raised": ["with both arms raised", "with (both|its|the|two) (arms|hands) (raised|up|lifted|in the air|held up|held high|overhead|above its head|above the head|high|upwards|stretched up)", "(raising|lifting|holding up|throwing up|stretching up) (both|its) (arms|hands)", "(arms|hands) (up|raised|in the air|overhead|high)", "(both|two) (arms|hands) (up|raised|lifted) (high|in the air|)",
+    "raised": ["with both arms raised", "with (both|its|the|two) (arms|hands) (raised|up|lifted|in the air|held up|held high|overhead|above its head|above the head|high|upwards|stretched up)", "(raising|lifting|holding up|throwing up|stretching up) (both|its) (arms|hands)", "(arms|hands) (up|raised|in the air|overhead|high)", "(both|two) (arms|hands) (raised|lifted) (high|in the air|)", "both arms up",
                "(reaching|stretching) (up|for the sky|upwards|to the sky|high) (with both hands|with its arms|)", "(surrendering|cheering|celebrating|in victory)", "hands (up|above the head|over its head)", "(celebrating|cheering), (arms|hands) (up|high|raised)"],
     "hips": ["with hands on hips", "with (its|both|the) hands on (its|the) (hips|waist|sides)", "hands on (hips|its hips|the hips|waist|its waist)", "with (its|both) (arms|hands) akimbo", "(holding|placing|putting|resting) (its|both) hands on (its|the) (hips|waist)", "arms akimbo", "hands at (the|its) waist"],
     "crossed": ["with its arms crossed", "with (its|the|both) arms (crossed|folded) (in front of its chest|over the chest|)", "(arms|its arms) (crossed|folded)", "(crossing|folding) (its|both) arms", "with (crossed|folded) arms", "hugging itself", "arms (folded|crossed) (over|in front of|across) (its|the) (chest|body)"],
@@ -424,7 +424,7 @@ def posed(h, rng, state, held_out, row=None):
     """A state of the table with noise in the joints, the body's tilt and the heading: qpos."""
     pitch, abdomen_y, left, right, arms, share = POSES[state][rng.integers(len(POSES[state])) if row is None else row]
     if left is None:  # a tangle
-        qpos = h.pose(0, 0, STRAIGHT, STRAIGHT, STRAIGHT, STRAIGHT)
+        qpos = h.pose(0, 0, STRAIGHT, STRAIGHT, (0, 0, 0), (0, 0, 0))
         qpos[7:] = rng.uniform(h.low, h.high)
         axis = rng.normal(size=3)
         qpos = h.to_floor(h.turn(qpos, rng.uniform(0, 2 * np.pi), axis / np.linalg.norm(axis)))
@@ -476,7 +476,7 @@ def path_state(h, start, row_a, arm_a, end, row_b, arm_b, share, noise_joints=0.
         pitch, abdomen_y, left, right, _, _ = POSES[state][row]
         ends.append(np.array([pitch, *h.pose(0, abdomen_y, left, right, ARM_POSES[arm], ARM_POSES[arm])[7:]]))
     pitch, *joints = (1 - share) * ends[0] + share * ends[1]
-    qpos = h.pose(pitch, 0, STRAIGHT, STRAIGHT, STRAIGHT, STRAIGHT)
+    qpos = h.pose(pitch, 0, STRAIGHT, STRAIGHT, (0, 0, 0), (0, 0, 0))
     qpos[7:] = joints + noise_joints
     return h.to_floor(h.turn(h.clip(qpos), heading))
 
@@ -675,3 +675,363 @@ def make_data(seed, held_out, scale=1.0):
         parts = list(pool.imap(make_shard, jobs))
     return {"frames": np.concatenate([p[0] for p in parts]), "postures": np.concatenate([p[1] for p in parts]), "arms": np.concatenate([p[2] for p in parts]),
             "qpos": np.concatenate([p[3] for p in parts]), "source": np.concatenate([np.full(len(p[0]), p[4]) for p in parts])}
+
+
+# ---------------------------------------------------------------- captions
+
+CHOICE = re.compile(r"\(([^()]*)\)")
+CANONICAL = {  # the wording of VLM-RM's prompts, and of the states that it does not name
+    "standing": "standing up", "arms raised": "standing up, with both arms raised", "hands on hips": "standing up with hands on hips", "arms crossed": "standing up, with its arms crossed", "kneeling": "kneeling", "one knee": "on one knee",
+    "splits": "practicing gymnastics, doing the side splits", "lotus": "seated down, meditating in the lotus position", "sitting": "sitting on the floor", "back": "lying on its back", "front": "lying face down", "side": "lying on its side",
+    "crawling": "crawling", "squatting": "squatting", "one leg": "standing up on one leg", "mid-air": "in mid-air", "falling": "falling", "tangle": "in a tangle",
+    "pole upright": "pole vertically upright on top of the cart", "pole leaning": "pole leaning to one side on top of the cart", "pole fallen": "pole fallen down beside the cart", "cheetah upright": "a half cheetah standing on its feet",
+    "cheetah on its back": "a half cheetah on its back", "ant upright": "an ant robot standing on its feet", "ant on its back": "an ant robot on its back",
+}
+PROMPTS = {state: words if state in OTHER_STATES else f"a humanoid robot {words}" for state, words in CANONICAL.items()}
+BARE = {"humanoid": "a humanoid robot"} | {name: captions[0] for name, (_, captions, _) in OTHERS.items()}
+ROBOT_OF_POSTURE = ["humanoid"] * len(POSTURES) + [name for name, (_, _, states) in OTHERS.items() for _ in states]
+
+
+def say(rng, pattern):
+    """One wording of a pattern."""
+    while match := CHOICE.search(pattern):
+        choices = match[1].split("|")
+        pattern = pattern[: match.start()] + choices[rng.integers(len(choices))] + pattern[match.end() :]
+    return " ".join(pattern.split()).replace(" ,", ",")
+
+
+def pick(rng, table):
+    return table[rng.integers(len(table))]
+
+
+class Query:
+    """What a caption names: how much each posture and each arm position matches it, and how much it says."""
+
+    def __init__(self, robot, posture=None, arms=None):
+        self.state = None  # the class that the caption names
+        if posture is None:
+            self.postures = np.array([float(name == robot) for name in ROBOT_OF_POSTURE], np.float32)
+        else:
+            self.postures = np.eye(len(ALL_POSTURES), dtype=np.float32)[ALL_POSTURES.index(posture)]
+            named = next((s for s, pair in STATES.items() if pair == (posture, arms)), posture)
+            self.state = ALL_STATES.index(named)
+        self.arms = np.ones(len(ALL_ARMS), np.float32)
+        if arms is not None:
+            self.arms = np.eye(len(ALL_ARMS), dtype=np.float32)[ALL_ARMS.index(arms)]
+        elif posture == "standing":  # true of those too, but there are better words for them
+            self.arms = np.array([0.6 if a in ("raised", "hips", "crossed") else 1.0 for a in ALL_ARMS], np.float32)
+        self.weight = (0.3 if posture is None and arms is None else 0.7 if posture is None else 1.0 if arms is None else 2.0)
+
+
+@functools.cache
+def query(robot, posture=None, arms=None):
+    return Query(robot, posture, arms)
+
+
+def caption(rng, postures, arms):
+    """A random caption that is true of a frame with these shares of postures and arms, and its Query."""
+    posture = ALL_POSTURES[rng.choice(len(postures), p=postures)]
+    robot = ROBOT_OF_POSTURE[ALL_POSTURES.index(posture)]
+    if rng.random() < 0.1:
+        if robot == "humanoid":
+            return (BARE[robot] if rng.random() < 0.6 else say(rng, pick(rng, SUBJECTS[:-1]))), query(robot)
+        return (BARE[robot] if rng.random() < 0.5 else say(rng, pick(rng, OTHERS[robot][1]))), query(robot)
+    if robot != "humanoid":
+        _, subjects, states = OTHERS[robot]
+        words = say(rng, pick(rng, states[posture]).replace("{s}", pick(rng, subjects)))
+        words = PROMPTS[posture] if rng.random() < 0.2 else words
+        return (say(rng, pick(rng, TEMPLATES).replace("{}", words)) if rng.random() < 0.5 else words), query(robot, posture)
+    arm = ALL_ARMS[rng.choice(len(arms), p=arms)]
+    distinct = posture == "standing" and arm in ("raised", "hips", "crossed")
+    named_arms = arm if rng.random() < (0.6 if distinct else 0.05 if arm == "other" else 0.3) else None
+    state = ALL_STATES[query("humanoid", posture, named_arms).state]
+    if rng.random() < 0.2 and STATES[state] in ((posture, named_arms), (posture, None)) and (named_arms is None or state != posture):
+        return PROMPTS[state], query("humanoid", posture, named_arms)
+    if rng.random() < (0.35 if distinct or arm == "raised" else 0.03 if arm == "other" else 0.1):
+        subject = pick(rng, SUBJECTS) if rng.random() < 0.7 else ""
+        return say(rng, pick(rng, TEMPLATES).replace("{}", f"{subject} {pick(rng, ARMS[arm])}")), query("humanoid", None, arm)
+    phrases, verbs, adjectives = POSTURES[posture]
+    subject, kind = pick(rng, SUBJECTS), rng.random()
+    if kind < 0.6:
+        words = pick(rng, LINKS).replace("{s}", subject).replace("{p}", pick(rng, phrases))
+    elif kind < 0.83:
+        words = f"{subject} {pick(rng, verbs)}"
+    else:
+        words = f"(a|the|one|) {pick(rng, adjectives)} (humanoid robot|robot|robot|android|humanoid|machine|figure|person|mechanical person)"
+    if named_arms:
+        words = say(rng, words + pick(rng, [" ", ", ", " and ", ", "]) + pick(rng, ARMS[arm])) if rng.random() < 0.8 else say(rng, pick(rng, ARMS[arm]) + ", " + words)
+    return say(rng, pick(rng, TEMPLATES).replace("{}", words)), query("humanoid", posture, named_arms)
+
+
+def check_held_out():
+    """The grammar can say none of the held-out wordings: no part of it, as a regular expression, covers one of them whole."""
+    def regex(pattern):
+        text = re.escape(pattern).replace(r"\(", "(").replace(r"\)", ")").replace(r"\|", "|").replace(r"\ ", " ")
+        return text
+    subjects = "(?:" + "|".join(regex(s) for s in SUBJECTS) + ")"
+    heads = "(?:" + "|".join(regex(p) for ps, vs, _ in POSTURES.values() for p in ps + vs) + ")"
+    arms = "(?:" + "|".join(regex(p) for ps in ARMS.values() for p in ps) + ")"
+    links = [regex(link).replace(r"\{s\}", subjects).replace(r"\{p\}", heads) for link in LINKS]
+    nouns = "(?:" + "|".join(regex(a) for _, _, adj in POSTURES.values() for a in adj) + ") (?:humanoid robot|robot|android|humanoid|machine|figure|person|mechanical person)"
+    core = "(?:" + "|".join([*links, f"{subjects}? ?{heads}", f"(?:a |the |one |){nouns}", f"{subjects}? ?{arms}", subjects]) + ")"
+    core = f"(?:{arms}, )?{core}(?:(?:,? | and ){arms})?"
+    shells = [re.compile("^(?:" + regex(t).replace(r"\{\}", core).replace(" ", " *") + ")$") for t in dict.fromkeys(TEMPLATES)]
+    said = [words for _, _, words in HELD_OUT if any(shell.match(words) for shell in shells)]
+    assert not said, f"the grammar can say {said}"
+
+
+# ---------------------------------------------------------------- training
+
+MODEL = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
+    },
+    "preprocess_cfg": {"mean": [0.36, 0.41, 0.49], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic", "resize_mode": "shortest"},
+}
+TOKENIZER = open_clip.SimpleTokenizer(context_length=32)
+CONTEXT = 32
+NEVER_SAID = {"", *(words for _, _, words in HELD_OUT)}
+
+
+@functools.lru_cache(100_000)
+def word_tokens(word):
+    return TOKENIZER.encode(word)
+
+
+def tokenize(rng, text, bare):
+    """As the model's tokenizer, with a share of words dropped or strange: words never seen must not mean anything."""
+    words = text.split()
+    if not bare and len(words) > 3 and rng.random() < 0.25:
+        fewer = [w for w in words if rng.random() > 0.12]
+        words = words if " ".join(fewer) in NEVER_SAID else fewer
+    words = [word_tokens(w) for w in words]
+    if not bare and rng.random() < 0.35:
+        for _ in range(rng.integers(1, 4)):
+            words.insert(rng.integers(len(words) + 1), [int(t) for t in rng.integers(256, 49000, rng.integers(1, 3))])
+    tokens = [TOKENIZER.sot_token_id, *[t for w in words for t in w][: CONTEXT - 2], TOKENIZER.eot_token_id]
+    return tokens + [0] * (CONTEXT - len(tokens))
+
+
+def augment(frames, generator):
+    """uint8 [N, 3, H, W] to float in 0..1 with another brightness, contrast and noise, shifted by up to two pixels."""
+    images = frames.float().div_(255)
+    n = len(images)
+    draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)  # noqa: E731
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = (images - mean) * draw(0.8, 1.2) + mean * draw(0.85, 1.15)
+    images += torch.randn(images.shape, generator=generator) * draw(0, 0.03)
+    images = F.pad(images, (2, 2, 2, 2), mode="replicate")
+    parts = []
+    for part in images.split(16):
+        dy, dx = torch.randint(0, 5, (2,), generator=generator).tolist()
+        parts.append(part[..., dy : dy + SIZE, dx : dx + SIZE])
+    return torch.cat(parts)
+
+
+def soft_cross_entropy(logits, targets):
+    return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
+def train(args):
+    started = time.time()
+    check_held_out()
+    if args.cache and args.cache.exists():
+        data = dict(np.load(args.cache))
+    else:
+        data = make_data(args.seed, False, args.data_scale)
+        if args.cache:
+            np.savez(args.cache, **data)
+    count = len(data["frames"])
+    print(f"{count} frames in {time.time() - started:.0f} s")
+    torch.set_num_threads(2)
+    torch.manual_seed(args.seed)
+    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
+    frames = torch.from_numpy(data["frames"]).permute(0, 3, 1, 2).contiguous()
+    postures, arms = data["postures"] / data["postures"].sum(1, keepdims=True), data["arms"] / data["arms"].sum(1, keepdims=True)
+    postures64, arms64 = postures.astype(np.float64), arms.astype(np.float64)
+    postures64 /= postures64.sum(1, keepdims=True)
+    arms64 /= arms64.sum(1, keepdims=True)
+    states = state_shares(postures, arms)
+
+    model = open_clip.model.CLIP(**MODEL["model_cfg"])
+    model.visual.to(memory_format=torch.channels_last)
+    image_head, text_head = torch.nn.Linear(128, len(ALL_STATES)), torch.nn.Linear(128, len(ALL_STATES))
+    scale = torch.nn.Parameter(torch.tensor(2.3))
+    parameters = [*model.parameters(), *image_head.parameters(), *text_head.parameters(), scale]
+    decay = [p for p in parameters if p.ndim >= 2 and p is not model.token_embedding.weight]
+    keep = [p for p in parameters if p.ndim < 2 or p is model.token_embedding.weight]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": keep, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True)
+    mean, std = (torch.tensor(MODEL["preprocess_cfg"][k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    per_epoch, trained = count // args.batch_size, time.time()
+    step, total, losses = 0, args.epochs * per_epoch, []
+    model.train()
+    while step < total:
+        order = rng.permutation(count)
+        for batch in order[: per_epoch * args.batch_size].reshape(per_epoch, args.batch_size):
+            progress = (time.time() - trained) / (60 * args.minutes) if args.minutes else step / total
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, (step + 1) / 200) * max(0.0, 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+            captions = [caption(rng, postures64[i], arms64[i]) for i in batch]
+            queries = [q for _, q in captions]
+            tokens = torch.tensor([tokenize(rng, text, q.weight < 0.5) for text, q in captions])
+            # how true caption t is of image i: [images, captions]
+            match = (postures[batch] @ np.stack([q.postures for q in queries]).T) * (arms[batch] @ np.stack([q.arms for q in queries]).T)
+            match = torch.from_numpy(match.astype(np.float32)) + 1e-6
+            images = (augment(frames[batch], generator) - mean) / std
+            image = F.normalize(model.visual(images.contiguous(memory_format=torch.channels_last)), dim=-1)
+            text = F.normalize(model.encode_text(tokens), dim=-1)
+            logits = scale.exp().clamp(max=20) * image @ text.T
+            weighted = match * torch.tensor([q.weight for q in queries])
+            loss = soft_cross_entropy(logits, weighted / weighted.sum(1, keepdim=True)) + soft_cross_entropy(logits.T, (match / match.sum(0, keepdim=True)).T)
+            named = [i for i, q in enumerate(queries) if q.state is not None]
+            loss_classes = soft_cross_entropy(10 * image_head(image), torch.from_numpy(states[batch]))
+            loss_words = F.cross_entropy(10 * text_head(text[named]), torch.tensor([queries[i].state for i in named]))
+            (loss / 2 + loss_classes + loss_words).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append((loss.item() / 2, loss_classes.item(), loss_words.item()))
+            step += 1
+            if step % 100 == 0:
+                print(f"step {step}/{total}, pairs, classes, words: {np.mean(losses[-100:], 0).round(3)}, scale {scale.exp().item():.1f}, {(time.time() - trained) / 60:.1f} min", flush=True)
+            if args.minutes and progress >= 1:
+                step = total
+                break
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "open_clip_config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
+    model.logit_scale.data = scale.detach().clone()
+    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, str(args.out / "open_clip_model.safetensors"))
+    print(f"trained in {(time.time() - started) / 60:.1f} minutes, data included")
+
+
+def state_shares(postures, arms):
+    """Shares of ALL_STATES: standing is split by the arms."""
+    shares = np.zeros((len(postures), len(ALL_STATES)), np.float32)
+    standing = postures[:, ALL_POSTURES.index("standing")]
+    for i, state in enumerate(ALL_STATES):
+        posture, arm = STATES.get(state, (state, None))
+        shares[:, i] = standing * arms[:, ALL_ARMS.index(arm)] if arm else postures[:, ALL_POSTURES.index(posture)]
+    index = ALL_STATES.index("standing")
+    shares[:, index] -= sum(shares[:, ALL_STATES.index(s)] for s in ("arms raised", "hands on hips", "arms crossed"))
+    return shares.clip(0)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def roc_auc(scores, positive):
+    """The chance that a positive ranks above a negative."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    p, n = positive.sum(), (~positive).sum()
+    return (ranks[positive].sum() - p * (p + 1) / 2) / (p * n)
+
+
+def truth(data, posture, arms):
+    """Which frames a caption is true of: the larger share of the state."""
+    named = np.ones(len(data["postures"]), bool)
+    if posture:
+        named &= data["postures"][:, ALL_POSTURES.index(posture)] > 0.5
+    if arms:
+        named &= (data["arms"][:, ALL_ARMS.index(arms)] > 0.5) & (np.array(ROBOT_OF_POSTURE)[data["postures"].argmax(1)] == "humanoid")
+    return named
+
+
+def evaluate(args):
+    """Prints the scores of the model in args.out and whether each reaches its bar."""
+    data = make_data(args.seed + 1000, True)
+    torch.set_num_threads(2)
+    clip = CLIP(f"local-dir:{args.out}", None, "cpu", batch_size=64)
+    images = clip.encode_images(data["frames"])
+    labels = state_shares(data["postures"], data["arms"])
+    state_text = clip.encode_text([PROMPTS[s] for s in ALL_STATES])
+    guess = (images @ state_text.T).argmax(1).numpy()
+    rows, missed = [], 0
+
+    def row(name, value, bar=None):
+        nonlocal missed
+        missed += bar is not None and value < bar
+        rows.append((name, value, bar))
+        print(f"  {name:62s} {value:9.3f}" + (f"   bar {bar:g} {'ok' if value >= bar else 'MISSED'}" if bar is not None else ""))
+
+    source = data["source"]
+    humanoid, physics, robots = np.isin(source, ["posed", "physics"]), source == "physics", ~np.isin(source, ["posed", "physics"])
+    clear = labels.max(1) > 0.6
+    right = guess == labels.argmax(1)
+    print("accuracy over all states, held-out frames")
+    row("posed", right[source == "posed"].mean(), 0.95)
+    row(f"physics, frames in one state ({clear[physics].mean():.0%} of all)", right[physics & clear].mean(), 0.85)
+    row("physics, all frames, also between states", right[physics].mean())
+    row("other robots", right[robots & clear].mean())
+    print("ROC-AUC of the reward, physics frames")
+    baseline = clip.encode_text(["a humanoid robot"])[0]
+    for state in ("kneeling", "standing", "arms raised", "splits", "back", "front", "lotus", "crawling", "squatting", "sitting", "one leg", "hands on hips", "mid-air"):
+        goal = clip.encode_text([PROMPTS[state]])
+        positive = truth(data, *STATES[state])[physics]
+        for alpha in (0.0, 0.5):
+            reward = regularized_reward(images[physics], goal, baseline, alpha)[:, 0].numpy()
+            row(f"{PROMPTS[state]} (alpha {alpha}, {positive.sum()} frames)", roc_auc(reward, positive), 0.97 if state in ("kneeling", "standing", "arms raised", "splits", "back", "front") else None)
+    print("ROC-AUC of wording that the grammar cannot produce, humanoid frames")
+    scores = []
+    for posture, arms, words in HELD_OUT:
+        cosine = (images[humanoid] @ clip.encode_text([words])[0]).numpy()
+        scores.append(roc_auc(cosine, truth(data, posture, arms)[humanoid]))
+        row(f'"{words}"'[:62], scores[-1])
+    row(f"wordings of {len(HELD_OUT)} with at least 0.9", sum(s >= 0.9 for s in scores), 25)
+    print("rank correlation of the reward with the way travelled, default camera")
+    h = _robot("humanoid")
+    studio = SceneRenderer(h.xml, (SIZE, SIZE), **DEFAULT_CAMERA, restyle=True)
+    for way in PATHS[:10]:
+        shares = np.linspace(0, 1, 41)
+        frames = np.stack([studio(path_state(h, *way, share)) for share in shares])
+        reward = regularized_reward(clip.encode_images(frames), clip.encode_text([PROMPTS[way[3]]]), baseline, 0.0)[:, 0].numpy()
+        ranks = np.argsort(np.argsort(reward))
+        row(f"{way[0]} to {way[3]} ({reward[0]:.2f}, {reward[10]:.2f}, {reward[20]:.2f}, {reward[30]:.2f}, {reward[40]:.2f})", np.corrcoef(ranks, shares)[0, 1])
+    print("speed")
+    clip.encode_images(data["frames"][:256])
+    start = time.time()
+    clip.encode_images(data["frames"][:2048])
+    row("frames/s encoded, float32, batch 64, 2 threads", 2048 / (time.time() - start), 800)
+    row("megabytes of weights", (args.out / "open_clip_model.safetensors").stat().st_size / 1e6)
+    print("all bars reached" if not missed else f"{missed} bars missed")
+    return missed
+
+
+def contact_sheets(args):
+    """Pictures of training frames with captions, and of the held-out frames that the model gets wrong."""
+    args.contact_sheet.mkdir(parents=True, exist_ok=True)
+
+    def sheet(name, frames, lines):
+        picture = Image.new("RGB", (8 * 200, -(-len(frames) // 8) * 140), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, (frame, text) in enumerate(zip(frames, lines)):
+            x, y = i % 8 * 200, i // 8 * 140
+            picture.paste(Image.fromarray(frame), (x + 4, y + 4))
+            for j in range(0, min(len(text), 99), 33):
+                draw.text((x + 4, y + 102 + j // 33 * 11), text[j : j + 33], fill="black")
+        picture.save(args.contact_sheet / f"{name}.png")
+
+    rng = np.random.default_rng(args.seed)
+    data = make_data(args.seed, False, 0.02)
+    for source in np.unique(data["source"]):
+        index = rng.permutation(np.flatnonzero(data["source"] == source))[:56]
+        words = [caption(rng, *(v[i].astype(np.float64) / v[i].astype(np.float64).sum() for v in (data["postures"], data["arms"])))[0] for i in index]
+        sheet(source, data["frames"][index], words)
+    data = make_data(args.seed + 1000, True)
+    clip = CLIP(f"local-dir:{args.out}", None, "cpu")
+    labels = state_shares(data["postures"], data["arms"])
+    chances = (20 * clip.encode_images(data["frames"]) @ clip.encode_text([PROMPTS[s] for s in ALL_STATES]).T).softmax(1).numpy()
+    worst = np.argsort(chances[np.arange(len(labels)), labels.argmax(1)] + (labels.max(1) < 0.6))[:112]
+    sheet("mistakes", data["frames"][worst], [f"{data['source'][i]}: is {ALL_STATES[labels[i].argmax()]} {labels[i].max():.1f}, taken for {ALL_STATES[chances[i].argmax()]}" for i in worst])
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.contact_sheet:
+        contact_sheets(args)
+    else:
+        if not args.eval_only:
+            train(args)
+        sys.exit(1 if evaluate(args) else 0)
