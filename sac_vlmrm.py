@@ -27,6 +27,7 @@ as VLM-RM. The defaults are its humanoid settings.
 #     "tqdm==4.70.1",
 # ]
 # ///
+import contextlib
 import copy
 import difflib
 import functools
@@ -34,9 +35,10 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +76,8 @@ class Args:
     """`cpu`, `cuda`, `cuda:1`, ...; auto is CUDA where there is one"""
     run_dir: Path | None = None
     """folder of this run (default: a new one under runs/)"""
+    resume: Path | None = None
+    """go on with the run in this folder, with its flags; those in CHANGEABLE may be given anew"""
     total_timesteps: int = 10_000_000
     """environment frames to train for, counted over all environments"""
     eval_every: int = 128_000
@@ -154,6 +158,15 @@ class Args:
     """the entropy coefficient, or where its tuning starts"""
     normalize_obs: bool = True
     """scale observations by running statistics: the Humanoid's contact forces are a thousand times its angles"""
+
+
+# What may differ when a run is resumed, since no number that is trained on depends on it.
+CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "video",
+              "track", "clip_batch_size")
+
+
+class RunError(Exception):
+    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN."""
 
 
 def fail(message):
@@ -429,9 +442,11 @@ def probe_environment(env_id, scene):
     SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
 
 
+@contextlib.contextmanager
 def make_envs(args, frame_size):
-    """The vector of rendered environments; MuJoCo's frames are `frame_size` pixels high and wide.
+    """Context of the vector of rendered environments; MuJoCo's frames are `frame_size` pixels high and wide.
 
+    The workers are gone when it ends, however it ends.
     Autoreset is disabled: the frame at the end of an episode is that of its last state, not of the next one's first.
     Observations are views of shared memory that the next step overwrites.
     """
@@ -452,15 +467,27 @@ def make_envs(args, frame_size):
         fail(f"--env-id {args.env_id}: {error}")
     make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
                              shape or (frame_size, frame_size, 3), scene)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is the main process's to answer
     envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=context.get_start_method(),
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    envs.reset_async()
+    signal.signal(signal.SIGINT, handler)
     try:
+        envs.reset_async()
         envs.reset_wait(timeout=120)
+        yield envs
     except multiprocessing.TimeoutError:
-        envs.close(terminate=True)
         fail(f"{rendering} hangs with {args.num_envs} processes: use --num-envs 1, or another MUJOCO_GL")
-    return envs
+    except (EOFError, ConnectionError):
+        for index, process in enumerate(envs.processes):
+            process.join(0.1)
+            if not process.is_alive():
+                raise RunError(f"the process of environment {index} died (exit code {process.exitcode})") from None
+        raise
+    finally:
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        envs.closed = True  # its own close() would wait for answers
 
 
 def episode_seeds(*key, n):
@@ -596,25 +623,52 @@ class SAC(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `capacity` labelled transitions, on the training device: sampling then needs no transfer."""
+    """The last `capacity` labelled transitions, one row each, on the training device: sampling needs no transfer."""
 
     def __init__(self, capacity, state_dim, action_dim, device):
-        self.capacity, self.position, self.size = capacity, 0, 0
-        shapes = dict(states=(state_dim,), actions=(action_dim,), rewards=(), next_states=(state_dim,), terminated=())
-        self.data = {name: torch.empty(capacity, *shape, device=device) for name, shape in shapes.items()}
+        self.capacity, self.total, self.saved = capacity, 0, 0  # rows it holds, was ever given, has on disk
+        self.names = ("states", "actions", "rewards", "next_states", "terminated")
+        self.widths = (state_dim, action_dim, 1, state_dim, 1)
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)  # memory is taken as it fills
 
     def add(self, **transitions):
-        """Stores N transitions, each value [N, ...], over the oldest ones; of more than fit, the last are kept."""
+        """Stores N <= capacity transitions, each value [N, ...], over the oldest ones."""
         n = len(transitions["rewards"])
-        index = (self.position + torch.arange(n)) % self.capacity
-        for name, store in self.data.items():
-            store[index[-self.capacity :]] = transitions[name][-self.capacity :].to(store)
-        self.position, self.size = (self.position + n) % self.capacity, min(self.size + n, self.capacity)
+        rows = torch.cat([transitions[name].reshape(n, -1).to(self.rows) for name in self.names], 1)
+        self.rows[torch.arange(self.total, self.total + n) % self.capacity] = rows
+        self.total += n
 
     def sample(self, batch_size):
         """A uniform batch, with replacement: name -> [B, ...]."""
-        index = torch.randint(self.size, (batch_size,), device=self.data["rewards"].device)
-        return {name: store[index] for name, store in self.data.items()}
+        index = torch.randint(min(self.total, self.capacity), (batch_size,), device=self.rows.device)
+        batch = dict(zip(self.names, self.rows[index].split(self.widths, 1), strict=True))
+        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "terminated")}
+
+    def save(self, path):
+        """Writes the rows that are new since the last call, at most `capacity`, to a file: a ring of twice the capacity.
+
+        So a checkpoint costs what is new, not the buffer, and never overwrites a row that the checkpoint before needs.
+        """
+        ring = 2 * self.capacity
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            while self.saved < self.total:
+                n = min(self.total - self.saved, ring - self.saved % ring)  # up to the end of the ring
+                rows = self.rows[torch.arange(self.saved, self.saved + n) % self.capacity].cpu().numpy()
+                file.seek(self.saved % ring * rows[0].nbytes)
+                file.write(rows)
+                self.saved += n
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load(self, path, total):
+        """Reads the buffer as it was when it had been given `total` rows. Raises ValueError if the file is too short."""
+        index = np.arange(max(0, total - self.capacity), total)
+        ring = np.memmap(path, np.float32, "r")
+        ring = ring[: len(ring) // sum(self.widths) * sum(self.widths)].reshape(-1, sum(self.widths))
+        if len(index) and (index % (2 * self.capacity)).max() >= len(ring):
+            raise ValueError(f"{path} is truncated")
+        self.rows[torch.from_numpy(index % self.capacity)] = torch.from_numpy(ring[index % (2 * self.capacity)]).to(self.rows)
+        self.total = self.saved = total
 
 
 # ---------------------------------------------------------------- checkpoints, evaluation, video
@@ -628,6 +682,18 @@ def save_atomically(checkpoint, path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict; loading it runs nothing that a crafted file could hold. Ends the program if it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in ("global_step", "best_return", "owed_updates", "buffer_total", "agent",
+                                               "optimizers")}
+    except FileNotFoundError:
+        fail(f"--resume: there is no {path}")
+    except Exception as error:
+        fail(f"--resume: {path} is truncated or no checkpoint of this script ({type(error).__name__})")
 
 
 def evaluate(envs, policy, score, episodes, episode_length, seed):
@@ -694,6 +760,8 @@ def check_args(args):
     for template in args.template:
         if "{}" not in template:
             fail(f'--template "{template}" has no "{{}}" for the prompt')
+    if args.buffer_size < args.episode_length * args.num_envs:
+        fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
     if args.ent_coef <= 0:
         fail(f"--ent-coef must be above 0, not {args.ent_coef}")
     if args.env_id not in gym.registry and ":" not in args.env_id:
@@ -701,164 +769,207 @@ def check_args(args):
         fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         fail(f"--device {args.device}: PyTorch finds no CUDA device; use --device cpu")
-    if args.run_dir and (args.run_dir / "checkpoint.pt").exists():
-        fail(f"--run-dir {args.run_dir} already holds a run: choose another folder")
+    if args.run_dir and not args.resume and (args.run_dir / "args.json").exists():
+        fail(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
 
 
 def train(args):
     """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
     check_args(args)
+    saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.reward != "env":
         clip_name, clip_tag, clip_size = resolve_clip(args.clip, args.clip_pretrained)
     else:
         clip_size = 224
     # Workers start before CUDA or a model is up, so that they can be forked.
-    envs = make_envs(args, args.render_size or clip_size)
-    state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
+    with make_envs(args, args.render_size or clip_size) as envs:
+        state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
 
-    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = args.run_dir or Path("runs") / run_name
-    for folder in ("videos", "rollouts"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-    if args.track:
-        import wandb
+        run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+        run_dir = args.resume or args.run_dir or Path("runs") / run_name
+        for folder in ("videos", "rollouts"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+        if args.track:
+            import wandb
 
-        wandb.init(project="vlmrm", name=run_name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+            wandb.init(project="vlmrm", name=run_name, config=asdict(args), sync_tensorboard=True)
+        global_step = saved["global_step"] if saved else 0
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # drops what was logged after the checkpoint
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
 
-    np_rng = np.random.default_rng(args.seed)
-    torch.manual_seed(args.seed)
-    agent = SAC(args, state_dim, action_dim).to(device)
-    agent.make_optimizers()
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), state_dim, action_dim, device)
-    score = None
-    if args.reward != "env":
-        try:
-            clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size)
-        except Exception as error:
-            envs.close(terminate=True)
-            fail(f"--clip {args.clip}: its weights do not load ({error})")
-        goal, baseline = clip.encode_text([args.goal, args.baseline], args.template).split(1)  # [1, D] each
+        torch.manual_seed(args.seed)
+        agent = SAC(args, state_dim, action_dim).to(device)
+        agent.make_optimizers()
+        buffer = ReplayBuffer(args.buffer_size, state_dim, action_dim, device)
+        score = None
+        if args.reward != "env":
+            try:
+                clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size)
+            except Exception as error:
+                fail(f"--clip {args.clip}: its weights do not load ({error})")
+            goal, baseline = clip.encode_text([args.goal, args.baseline], args.template).split(1)  # [1, D] each
 
-        def score(frames):
-            """CLIP rewards [n] of frames [n, H, W, 3]."""
-            return regularized_reward(clip.encode_images(frames), goal, baseline[0], args.alpha)[:, 0].cpu().numpy()
+            def score(frames):
+                """CLIP rewards [n] of frames [n, H, W, 3]."""
+                return regularized_reward(clip.encode_images(frames), goal, baseline[0], args.alpha)[:, 0].cpu().numpy()
 
-    def checkpoint():
-        return {"args": json.loads(json.dumps(asdict(args), default=str)), "global_step": global_step,
-                "best_return": best_return, "agent": agent.state_dict(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}}
+        best_return, owed_updates, losses = -math.inf, 0.0, {}
+        if saved:
+            agent.load_state_dict(saved["agent"])
+            for name, optimizer in agent.optimizers.items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            buffer.load(run_dir / "replay.bin", saved["buffer_total"])
+            best_return, owed_updates = saved["best_return"], saved["owed_updates"]
 
-    # A phase is one episode of every environment. Arrays are [T, N, ...].
-    shape = (args.episode_length, args.num_envs)
-    phase_frames = args.episode_length * args.num_envs
-    states, next_states = np.empty((2, *shape, state_dim), np.float32)
-    actions = np.empty((*shape, action_dim), np.float32)
-    env_rewards, terminated, ended = np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool)
-    pixels_shape = envs.single_observation_space["pixels"].shape
-    pixels = np.empty((*shape, *pixels_shape), np.uint8) if score else None
+        def save(name):
+            checkpoint = {"global_step": global_step, "best_return": best_return, "owed_updates": owed_updates,
+                          "buffer_total": buffer.total, "agent": agent.state_dict(),
+                          "optimizers": {k: optimizer.state_dict() for k, optimizer in agent.optimizers.items()}}
+            if name == "checkpoint.pt":  # what it resumes with is on disk before it
+                writer.flush()
+                buffer.save(run_dir / "replay.bin")
+            save_atomically(checkpoint, run_dir / name)
 
-    global_step, best_return, owed_updates, losses = 0, -np.inf, 0.0, {}
-    start_time = time.time()
-    progress = tqdm(total=args.total_timesteps, unit=" frames", dynamic_ncols=True, smoothing=0.05,
-                    mininterval=0.5 if sys.stderr.isatty() else 30)
-    while global_step < args.total_timesteps:
-        previous_step, clock = global_step, [time.perf_counter()]
+        # The first signal ends the run with a checkpoint, the second at once.
+        stopped_by = []
 
-        # COLLECT: one episode in every environment, into an unlabelled batch (algorithm 1, lines 4 to 8)
-        envs.set_attr("rendering", score is not None)
-        state = envs.reset(seed=episode_seeds(args.seed, 0, global_step, n=args.num_envs))[0]["state"].copy()
-        for t in range(args.episode_length):
-            if global_step < args.learning_starts:
-                actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
-            else:
-                actions[t] = agent.act(state)
-            observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
-            # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
-            states[t], next_states[t] = state, observation["state"]
-            state = next_states[t].copy()
+        def stop(number, _):
+            if stopped_by:
+                os._exit(128 + number)
+            stopped_by.append(number)
+
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        # A phase is one episode of every environment. Arrays are [T, N, ...].
+        shape = (args.episode_length, args.num_envs)
+        phase_frames = args.episode_length * args.num_envs
+        states, next_states = np.empty((2, *shape, state_dim), np.float32)
+        actions = np.empty((*shape, action_dim), np.float32)
+        env_rewards, terminated, ended = np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool)
+        pixels_shape = envs.single_observation_space["pixels"].shape
+        pixels = np.empty((*shape, *pixels_shape), np.uint8) if score else None
+
+        first_step, start_time = global_step, time.time()
+        progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", dynamic_ncols=True,
+                        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
+        while global_step < args.total_timesteps and not stopped_by:
+            previous_step, clock = global_step, [time.perf_counter()]
+            # Each phase has random numbers of its own, which follow from the seed and its first frame: nothing to save.
+            *starts, numpy_seed, torch_seed = episode_seeds(args.seed, 0, global_step, n=args.num_envs + 2)
+            np_rng = np.random.default_rng(numpy_seed)
+            torch.manual_seed(torch_seed)
+
+            # COLLECT: one episode in every environment, into an unlabelled batch (algorithm 1, lines 4 to 8)
+            envs.set_attr("rendering", score is not None)
+            state = envs.reset(seed=starts)[0]["state"].copy()
+            for t in range(args.episode_length):
+                if stopped_by:
+                    break
+                if global_step < args.learning_starts:
+                    actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
+                else:
+                    actions[t] = agent.act(state)
+                observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
+                # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
+                states[t], next_states[t] = state, observation["state"]
+                state = next_states[t].copy()
+                if score:
+                    pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
+                ended[t] = terminated[t] | truncated
+                if ended[t].any() and t < args.episode_length - 1:  # only with --early-termination
+                    seeds = episode_seeds(args.seed, 0, global_step, t, n=args.num_envs)
+                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+            if stopped_by:
+                break  # the phase is dropped: nothing has learned from it yet
+            if not np.isfinite(next_states).all():
+                t, n = np.argwhere(~np.isfinite(next_states))[0, :2]
+                raise RunError(f"environment {n} diverged: its state is not finite {t + 1} steps after frame {global_step}")
+            global_step += phase_frames
+            clock.append(time.perf_counter())
+
+            # LABEL: all frames of the phase in one batched CLIP pass (lines 9 to 12)
+            rewards = env_rewards
             if score:
-                pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
-            ended[t] = terminated[t] | truncated
-            if ended[t].any() and t < args.episode_length - 1:  # only with --early-termination
-                seeds = episode_seeds(args.seed, 0, global_step, t, n=args.num_envs)
-                state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
-            global_step += args.num_envs
-        clock.append(time.perf_counter())
+                rewards = score(pixels.reshape(-1, *pixels_shape)).reshape(shape)
+            if not np.isfinite(rewards).all():
+                raise RunError(f"a reward is not finite in the {phase_frames} frames before frame {global_step}")
+            clock.append(time.perf_counter())
 
-        # LABEL: all frames of the phase in one batched CLIP pass (lines 9 to 12)
-        rewards = env_rewards
-        if score:
-            rewards = score(pixels.reshape(-1, *pixels_shape)).reshape(shape)
-        clock.append(time.perf_counter())
+            # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual (lines 13 to 15)
+            labelled = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
+            labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in labelled.items()}
+            buffer.add(**labelled)
+            if args.normalize_obs:
+                agent.normalizer.update(labelled["states"].to(device))
+            if global_step >= args.learning_starts:
+                owed_updates += phase_frames * args.updates_per_frame
+            while owed_updates >= 1.0:
+                owed_updates -= 1.0
+                losses = agent.update(buffer.sample(args.batch_size))
+            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            if not np.isfinite(list(losses.values())).all():
+                raise RunError(f"a loss is not finite at frame {global_step}: {losses}; try a lower --learning-rate")
+            clock.append(time.perf_counter())
 
-        # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual (lines 13 to 15)
-        labelled = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
-        labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in labelled.items()}
-        buffer.add(**labelled)
-        if args.normalize_obs:
-            agent.normalizer.update(labelled["states"].to(device))
-        if global_step >= args.learning_starts:
-            owed_updates += phase_frames * args.updates_per_frame
-        while owed_updates >= 1.0:
-            owed_updates -= 1.0
-            losses = agent.update(buffer.sample(args.batch_size))
-        losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
-        clock.append(time.perf_counter())
+            episodes = ended[:-1].sum() + args.num_envs  # every episode of a phase starts and ends in it
+            charts = {"charts/env_return": env_rewards.sum() / episodes, "charts/episodic_length": phase_frames / episodes}
+            if score:
+                charts["charts/clip_return"] = rewards.sum() / episodes
+                if previous_step == 0:
+                    warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
 
-        episodes = ended[:-1].sum() + args.num_envs  # every episode of a phase starts and ends in it
-        charts = {"charts/env_return": env_rewards.sum() / episodes, "charts/episodic_length": phase_frames / episodes}
-        if score:
-            charts["charts/clip_return"] = rewards.sum() / episodes
-            if previous_step == 0:
-                warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
+            # EVALUATE: deterministic episodes from fixed starts
+            last = global_step >= args.total_timesteps
+            if last or global_step // args.eval_every > previous_step // args.eval_every:
+                envs.set_attr("rendering", score is not None or args.video)
+                result = evaluate(envs, functools.partial(agent.act, deterministic=True), score, args.eval_episodes,
+                                  args.episode_length, args.seed)
+                frames = result.pop("frames")
+                shown = result.get("clip_rewards", result["env_rewards"])
+                for name in ("clip_rewards", "env_rewards"):
+                    if name in result:
+                        charts[f"eval/{name.replace('rewards', 'return')}"] = result[name].sum(1).mean()
+                charts["eval/episodic_length"] = result["lengths"].mean()
+                if score or args.video:
+                    strip = frames[np.linspace(0, result["lengths"][0] - 1, 8).astype(int)]  # [8, H, W, 3]
+                    writer.add_image("eval/strip", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
+                if args.video:
+                    n = result["lengths"][0]
+                    write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
+                result |= {"env_id": args.env_id, "goal": args.goal}
+                np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", **result)
+                if shown.sum(1).mean() > best_return:  # VLM-RM also keeps the checkpoint with the highest CLIP reward
+                    best_return = float(shown.sum(1).mean())
+                    save("best.pt")
+            clock.append(time.perf_counter())
 
-        # EVALUATE: deterministic episodes from fixed starts
-        last = global_step >= args.total_timesteps
-        if last or global_step // args.eval_every > previous_step // args.eval_every:
-            envs.set_attr("rendering", score is not None or args.video)
-            result = evaluate(envs, functools.partial(agent.act, deterministic=True), score, args.eval_episodes,
-                              args.episode_length, args.seed)
-            frames = result.pop("frames")
-            shown = result.get("clip_rewards", result["env_rewards"])
-            for name in ("clip_rewards", "env_rewards"):
-                if name in result:
-                    charts[f"eval/{name.replace('rewards', 'return')}"] = result[name].sum(1).mean()
-            charts["eval/episodic_length"] = result["lengths"].mean()
-            if score or args.video:
-                strip = frames[np.linspace(0, result["lengths"][0] - 1, 8).astype(int)]  # [8, H, W, 3]
-                writer.add_image("eval/strip", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
-            if args.video:
-                n = result["lengths"][0]
-                write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
-            result |= {"env_id": args.env_id, "goal": args.goal}
-            np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", **result)
-            if shown.sum(1).mean() > best_return:  # VLM-RM also keeps the checkpoint with the highest CLIP reward
-                best_return = float(shown.sum(1).mean())
-                save_atomically(checkpoint(), run_dir / "best.pt")
-        clock.append(time.perf_counter())
+            # LOG
+            charts["charts/SPS"] = (global_step - first_step) / (time.time() - start_time)
+            charts |= {f"losses/{name}": loss for name, loss in losses.items()}
+            for phase, seconds in zip(("collect", "label", "update", "evaluate"), np.diff(clock), strict=True):
+                charts[f"time/{phase}"] = seconds / (clock[-1] - clock[0])
+            for name, value in charts.items():
+                writer.add_scalar(name, value, global_step)
+            headline = "clip_return" if score else "env_return"
+            progress.set_postfix({headline: f"{charts[f'charts/{headline}']:.2f}"}, refresh=False)
+            progress.update(global_step - previous_step)
 
-        # SAVE
-        if last or global_step // args.checkpoint_every > previous_step // args.checkpoint_every:
-            save_atomically(checkpoint(), run_dir / "checkpoint.pt")
-        clock.append(time.perf_counter())
+            # SAVE
+            due = global_step // args.checkpoint_every > previous_step // args.checkpoint_every
+            if last or due or buffer.total - buffer.saved + phase_frames > buffer.capacity:
+                save("checkpoint.pt")
 
-        charts["charts/SPS"] = global_step / (time.time() - start_time)
-        charts |= {f"losses/{name}": loss for name, loss in losses.items()}
-        for phase, seconds in zip(("collect", "label", "update", "evaluate", "save"), np.diff(clock), strict=True):
-            charts[f"time/{phase}"] = seconds / (clock[-1] - clock[0])
-        for name, value in charts.items():
-            writer.add_scalar(name, value, global_step)
-        headline = "clip_return" if score else "env_return"
-        progress.set_postfix({headline: f"{charts[f'charts/{headline}']:.2f}"}, refresh=False)
-        progress.update(global_step - previous_step)
-
-    progress.close()
-    writer.close()
-    envs.close()
+        progress.close()
+        if stopped_by:
+            save("checkpoint.pt")
+        writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped_by:
+        print(f"stopped at frame {global_step}; go on with --resume {run_dir}", file=sys.stderr)
+        sys.exit(128 + stopped_by[0])
     return run_dir
 
 
@@ -872,5 +983,26 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
                    file=sys.stderr)
 
 
+def parse_args():
+    """The command line's flags. With --resume they are the run's own, but for those of CHANGEABLE that are given anew."""
+    args = tyro.cli(Args)
+    if args.resume is None:
+        return args
+    try:
+        saved = json.loads((args.resume / "args.json").read_text())
+        saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"--resume {args.resume}: no run of this script is there ({error})")
+    args = tyro.cli(Args, default=replace(saved, resume=args.resume))
+    changed = [f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})" for name, value in asdict(args).items()
+               if name not in CHANGEABLE and value != getattr(saved, name)]
+    if changed:
+        fail(f"--resume {args.resume}: a run can't go on with other flags: {', '.join(changed)}")
+    return args
+
+
 if __name__ == "__main__":
-    print(f"results in {train(tyro.cli(Args))}")
+    try:
+        print(f"results in {train(parse_args())}")
+    except RunError as error:
+        sys.exit(f"error: {error}; the last checkpoint is intact, go on from it with --resume")

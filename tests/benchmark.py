@@ -67,16 +67,14 @@ def plain_gymnasium(args):
 
 def ours(args, size):
     settings = sac_vlmrm.Args(env_id=args.env_id, num_envs=args.num_envs, episode_length=10**6)
-    envs = sac_vlmrm.make_envs(settings, size)
+    with sac_vlmrm.make_envs(settings, size) as envs:
 
-    def work():
-        for _ in range(args.steps):
-            observation = envs.step(envs.action_space.sample())[0]
-        assert observation["pixels"].shape == (args.num_envs, size, size, 3)
+        def work():
+            for _ in range(args.steps):
+                observation = envs.step(envs.action_space.sample())[0]
+            assert observation["pixels"].shape == (args.num_envs, size, size, 3)
 
-    result = rate(work, args.steps * args.num_envs)
-    envs.close()
-    return result
+        return rate(work, args.steps * args.num_envs)
 
 
 def main(args):
@@ -84,10 +82,10 @@ def main(args):
     name, tag, size = sac_vlmrm.resolve_clip(args.clip, None)
     print(f"{args.env_id}, {args.num_envs} environments, {torch.get_num_threads()} CPU threads, device {device}")
     plain = plain_gymnasium(args)
-    print(f"step and render, plain Gymnasium, 480 x 480      {plain:8.0f} frames/s")
+    print(f"step and render, plain Gymnasium, 480 x 480     {plain:6.0f} frames/s")
     for pixels in (480, 224, size):
         fast = ours(args, pixels)
-        print(f"step and render, this script, {pixels:3d} x {pixels:3d}          {fast:8.0f} frames/s  {fast / plain:.1f} x")
+        print(f"step and render, this script, {pixels:3d} x {pixels:3d}         {fast:6.0f} frames/s  {fast / plain:.1f} x")
 
     clip = sac_vlmrm.CLIP(name, tag, device, batch_size=64)
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (512, *clip.size, 3), np.uint8))
@@ -100,8 +98,8 @@ def main(args):
             embeddings.cpu()
 
     bare_rate, full_rate = rate(bare, 512), rate(lambda: clip.encode_images(frames).cpu(), 512)
-    print(f"CLIP, bare encode_image on ready tensors, batch 64 {bare_rate:6.0f} frames/s")
-    print(f"CLIP, encode_images from uint8 frames, batch 64    {full_rate:6.0f} frames/s  {full_rate / bare_rate:.2f} x")
+    print(f"CLIP, bare encode_image on ready tensors        {bare_rate:6.0f} frames/s")
+    print(f"CLIP, encode_images from uint8 frames           {full_rate:6.0f} frames/s  {full_rate / bare_rate:.2f} x")
 
     env = gym.make(args.env_id)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
@@ -111,8 +109,14 @@ def main(args):
     n = 10_000
     buffer.add(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
                next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n))
-    updates = rate(lambda: [agent.update(buffer.sample(args.batch_size)) for _ in range(100)][-1]["q_values"].item(), 100)
-    print(f"SAC, batch {args.batch_size}                                    {updates:6.0f} updates/s")
+
+
+    def update():
+        for _ in range(100):
+            losses = agent.update(buffer.sample(args.batch_size))
+        losses["q_values"].item()
+
+    print(f"SAC, batches of {args.batch_size}                             {rate(update, 100):6.0f} updates/s")
 
     with tempfile.TemporaryDirectory() as folder:
         settings = sac_vlmrm.Args(clip=args.clip, env_id=args.env_id, num_envs=args.num_envs, device=args.device)
@@ -121,7 +125,8 @@ def main(args):
                            updates_per_frame=0.25, batch_size=args.batch_size, eval_every=10**9, video=False)
         sac_vlmrm.train(settings)
         events = EventAccumulator(str(settings.run_dir)).Reload()
-        shares = {p: np.mean([e.value for e in events.Scalars(f"time/{p}")[2:-1]]) for p in ("collect", "label", "update")}
+        shares = {name: np.mean([event.value for event in events.Scalars(f"time/{name}")[2:-1]])
+                  for name in ("collect", "label", "update")}
     print("a run with 1 update per 4 frames: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 

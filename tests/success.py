@@ -1,14 +1,15 @@
-"""Plays trained agents for 100 deterministic episodes and counts those that succeed at kneeling, by VLM-RM's definition.
+"""Plays trained agents for 100 deterministic episodes and counts the successful ones: kneeling, as VLM-RM defines it.
 
     python tests/success.py runs/a runs/b runs/c
     python tests/success.py runs/a runs/b runs/c --gif docs/kneeling.gif --figure docs/kneeling.png
 
-A step is in the goal state when both knees are within 0.12 m of the floor, the torso is upright (its up-axis has a z above
-0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are (VLM-RM, appendix). The
-starts differ from those of training and of its evaluations. Nothing is rendered, so this takes seconds.
+A step is in the goal state when both knees are within 0.12 m of the floor, the torso is upright (its up-axis has a z
+above 0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are (VLM-RM, appendix).
+The starts differ from those of training and of its evaluations. Nothing is rendered, so this takes seconds.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Args:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of finished runs of sac_vlmrm.py"""
     checkpoint: str = "best.pt"
-    """which of a run's checkpoints is judged: best.pt (highest CLIP return in evaluation, as the paper does) or checkpoint.pt"""
+    """the checkpoint to judge: best.pt, of the highest CLIP return in evaluation, as in the paper, or checkpoint.pt"""
     episodes: int = 100
     """deterministic episodes"""
     gif: Path | None = None
@@ -71,12 +72,12 @@ def play(run_dir, checkpoint, episodes):
     saved = torch.load(run_dir / checkpoint, weights_only=True)
     names = {field.name for field in dataclasses.fields(sac_vlmrm.Args)}
     args = sac_vlmrm.Args(**{k: v for k, v in json.loads((run_dir / "args.json").read_text()).items() if k in names})
-    envs = sac_vlmrm.make_envs(args, 64)
-    envs.set_attr("rendering", False)
-    agent = sac_vlmrm.SAC(args, envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
-    agent.load_state_dict(saved["agent"])
-    result = sac_vlmrm.evaluate(envs, lambda s: agent.act(s, deterministic=True), None, episodes, args.episode_length, 2024)
-    envs.close()
+    with sac_vlmrm.make_envs(args, 64) as envs:
+        envs.set_attr("rendering", False)
+        agent = sac_vlmrm.SAC(args, envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
+        agent.load_state_dict(saved["agent"])
+        policy = functools.partial(agent.act, deterministic=True)
+        result = sac_vlmrm.evaluate(envs, policy, None, episodes, args.episode_length, seed=2024)
     return result["qpos"], saved["global_step"]
 
 
@@ -86,8 +87,8 @@ def main(args):
         qpos, frames = play(run_dir, args.checkpoint, args.episodes)
         steps = kneeling_steps(qpos)
         trajectories.append(qpos)
-        print(f"{run_dir}: {args.checkpoint} of frame {frames}: {(steps.mean(1) >= 0.5).sum()} of {len(steps)} episodes "
-              f"successful, {steps.mean():.1%} of all steps kneeling, first at step {np.argmax(steps, 1).mean():.0f}")
+        print(f"{run_dir}, {args.checkpoint} of frame {frames}: {(steps.mean(1) >= 0.5).sum()} of {len(steps)} episodes"
+              f" successful, {steps.mean():.1%} of all steps kneeling, first at step {np.argmax(steps, 1).mean():.0f}")
     if args.figure:
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         for run_dir in args.run_dirs:
