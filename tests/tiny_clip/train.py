@@ -477,7 +477,7 @@ def path_state(h, start, row_a, arm_a, end, row_b, arm_b, share, noise_joints=0.
         ends.append(np.array([pitch, *h.pose(0, abdomen_y, left, right, ARM_POSES[arm], ARM_POSES[arm])[7:]]))
     pitch, *joints = (1 - share) * ends[0] + share * ends[1]
     qpos = h.pose(pitch, 0, STRAIGHT, STRAIGHT, (0, 0, 0), (0, 0, 0))
-    qpos[7:] = joints + noise_joints
+    qpos[7:] = np.array(joints) + noise_joints
     return h.to_floor(h.turn(h.clip(qpos), heading))
 
 
