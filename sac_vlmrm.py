@@ -415,7 +415,10 @@ class RenderedEnv(gym.Wrapper):
         return self.observe(state), {}
 
     def step(self, action):
-        state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling them costs time
+        try:
+            state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling them costs time
+        except Exception as error:
+            raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
         return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
 
     def close(self):
@@ -662,12 +665,13 @@ class ReplayBuffer:
 
     def load(self, path, total):
         """Reads the buffer as it was when it had been given `total` rows. Raises ValueError if the file is too short."""
-        index = np.arange(max(0, total - self.capacity), total)
-        ring = np.memmap(path, np.float32, "r")
-        ring = ring[: len(ring) // sum(self.widths) * sum(self.widths)].reshape(-1, sum(self.widths))
-        if len(index) and (index % (2 * self.capacity)).max() >= len(ring):
-            raise ValueError(f"{path} is truncated")
-        self.rows[torch.from_numpy(index % self.capacity)] = torch.from_numpy(ring[index % (2 * self.capacity)]).to(self.rows)
+        width, index = sum(self.widths), np.arange(max(0, total - self.capacity), total)
+        if total:
+            ring = np.memmap(path, np.float32, "r")
+            ring = ring[: len(ring) // width * width].reshape(-1, width)
+            if (index % (2 * self.capacity)).max() >= len(ring):
+                raise ValueError(f"{path} is truncated")
+            self.rows[index % self.capacity] = torch.from_numpy(ring[index % (2 * self.capacity)]).to(self.rows)
         self.total = self.saved = total
 
 
@@ -820,17 +824,23 @@ def train(args):
             agent.load_state_dict(saved["agent"])
             for name, optimizer in agent.optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][name])
-            buffer.load(run_dir / "replay.bin", saved["buffer_total"])
+            try:
+                buffer.load(run_dir / "replay.bin", saved["buffer_total"])
+            except (OSError, ValueError) as error:
+                fail(f"--resume {run_dir}: its replay buffer can't be read: {error}")
             best_return, owed_updates = saved["best_return"], saved["owed_updates"]
 
         def save(name):
             checkpoint = {"global_step": global_step, "best_return": best_return, "owed_updates": owed_updates,
                           "buffer_total": buffer.total, "agent": agent.state_dict(),
                           "optimizers": {k: optimizer.state_dict() for k, optimizer in agent.optimizers.items()}}
-            if name == "checkpoint.pt":  # what it resumes with is on disk before it
-                writer.flush()
-                buffer.save(run_dir / "replay.bin")
-            save_atomically(checkpoint, run_dir / name)
+            try:
+                if name == "checkpoint.pt":  # what it resumes with is on disk before it
+                    writer.flush()
+                    buffer.save(run_dir / "replay.bin")
+                save_atomically(checkpoint, run_dir / name)
+            except OSError as error:
+                raise RunError(f"cannot write to {run_dir}: {error.strerror}") from None
 
         # The first signal ends the run with a checkpoint, the second at once.
         stopped_by = []

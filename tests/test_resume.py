@@ -1,0 +1,251 @@
+"""Nothing is lost: resuming is exact, and kills, signals, broken environments and broken files end in one clear line."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sac_vlmrm
+from sac_vlmrm import Args, RunError
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
+# Two phases of 20 frames between checkpoints; without CLIP, so that a run starts in seconds.
+FLAGS = dict(env_id="InvertedPendulum-v5", reward="env", num_envs=2, episode_length=10, learning_starts=40, batch_size=16,
+             updates_per_frame=0.5, checkpoint_every=40, eval_every=40, eval_episodes=2, video=False, device="cpu",
+             buffer_size=100)  # fmt: skip
+
+
+def command(**flags):
+    words = [sys.executable, str(ROOT / "sac_vlmrm.py")]
+    for name, value in flags.items():
+        name = name.replace("_", "-")
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+def start(env=None, **flags):
+    """Starts the script in a session of its own, so that what it leaves behind can be seen."""
+    return subprocess.Popen(command(**flags), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            start_new_session=True, env={**os.environ, **(env or {})})  # fmt: skip
+
+
+def session_members(session):
+    """pids of the processes in a session, zombies included."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session:
+            members.append(int(stat.parent.name))
+    return members
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def final_state(run_dir):
+    saved = sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")
+    buffer = sac_vlmrm.ReplayBuffer(100, *(saved["agent"][k].shape[i] for k, i in (("actor.net.0.weight", 1),)), 1, "cpu")
+    buffer.load(run_dir / "replay.bin", saved["buffer_total"])
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+               if not tag.startswith("time/") and tag != "charts/SPS"}  # fmt: skip
+    return saved, buffer.rows, scalars
+
+
+def assert_same_end(run_dir, reference):
+    (saved, rows, scalars), (saved2, rows2, scalars2) = final_state(run_dir), final_state(reference)
+    torch.testing.assert_close(saved, saved2, rtol=0, atol=0)
+    torch.testing.assert_close(rows, rows2, rtol=0, atol=0)
+    assert scalars == scalars2
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run of 400 frames in one go."""
+    return sac_vlmrm.train(Args(**FLAGS, total_timesteps=400, run_dir=tmp_path_factory.mktemp("reference") / "run"))
+
+
+def test_resuming_is_exact(tmp_path):
+    flags = {**FLAGS, "reward": "regularized", "env_id": "Humanoid-v5", "clip": TINY_CLIP}
+    whole = sac_vlmrm.train(Args(**flags, total_timesteps=160, run_dir=tmp_path / "whole"))
+    part = sac_vlmrm.train(Args(**flags, total_timesteps=80, run_dir=tmp_path / "part"))
+    again = sac_vlmrm.train(Args(**flags, total_timesteps=160, resume=part))
+    assert again == part
+    assert_same_end(part, whole)
+
+
+def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, reference):
+    run_dir, rng = tmp_path / "run", random.Random(0)
+    for kill in range(10):
+        where = {"resume": run_dir} if (run_dir / "checkpoint.pt").exists() else {"run_dir": run_dir}
+        flags = {} if "resume" in where else FLAGS
+        process = start(**flags, **where, total_timesteps=400)
+        before = (run_dir / "checkpoint.pt").stat().st_mtime_ns if "resume" in where else None
+        newer = lambda: (run_dir / "checkpoint.pt").exists() and (run_dir / "checkpoint.pt").stat().st_mtime_ns != before  # noqa: E731
+        # Half of the kills come right as files are written, the others a random moment after a checkpoint.
+        wait_for(lambda: newer() or (kill % 2 and (run_dir / "checkpoint.tmp").exists()) or process.poll() is not None)
+        time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.1))))
+        process.kill()
+        process.communicate()
+        wait_for(lambda: not session_members(process.pid))
+        assert sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")["global_step"] % 20 == 0
+    result = subprocess.run(command(resume=run_dir), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(run_dir, reference)
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_no_process_left(tmp_path, reference, number, status):
+    run_dir = tmp_path / "run"
+    process = start(**FLAGS, run_dir=run_dir, total_timesteps=10**6)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
+    wait_for(lambda: not session_members(process.pid), 5)
+    frame = sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")["global_step"]
+    if frame < 400:
+        result = subprocess.run(command(resume=run_dir, total_timesteps=400), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert_same_end(run_dir, reference)
+
+
+def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(**FLAGS, run_dir=run_dir, total_timesteps=10**6)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())
+    workers = [pid for pid in session_members(process.pid) if pid != process.pid]
+    os.kill(max(workers), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "died (exit code -9)" in errors and "Traceback" not in errors, errors
+    wait_for(lambda: not session_members(process.pid), 5)
+    sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")
+
+
+BROKEN = """
+import os
+import gymnasium as gym, numpy as np
+
+class Broken(gym.Env):
+    metadata = {"render_modes": ["rgb_array"]}
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def __init__(self, render_mode=None, fault=None):
+        self.render_mode, self.fault, self.steps = render_mode, fault, 0
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        late = self.steps > 60
+        if late and self.fault == "raise":
+            raise FloatingPointError("the joints came off")
+        return np.full(2, np.nan if late and self.fault == "nan" else 0.0, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        return np.zeros((64, 64, 3), np.uint8)
+
+for fault in ("nan", "raise"):
+    gym.register(f"Broken-{fault}-v0", Broken, kwargs={"fault": fault})
+"""
+
+
+@pytest.mark.parametrize("fault,said", [("nan", "diverged"), ("raise", "the joints came off")])
+def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
+    (tmp_path / "broken_environments.py").write_text(BROKEN)
+    flags = {**FLAGS, "env_id": f"broken_environments:Broken-{fault}-v0", "checkpoint_every": 20}
+    process = start(**flags, run_dir=tmp_path / "run", total_timesteps=1000, env={"PYTHONPATH": str(tmp_path)})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and said in errors and errors.count("error:") == 1, errors
+    assert sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"] >= 20
+    wait_for(lambda: not session_members(process.pid), 5)
+
+
+def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
+    flags = {**FLAGS, "reward": "regularized", "clip": TINY_CLIP, "total_timesteps": 200}
+    with monkeypatch.context() as patch:
+        patch.setattr(sac_vlmrm, "regularized_reward", lambda s, g, b, a: torch.full((len(s), 1), float("nan")))
+        with pytest.raises(RunError, match="reward"):
+            sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "reward"))
+    update, calls = sac_vlmrm.SAC.update, []
+
+    def poisoned(self, batch):
+        calls.append(1)
+        batch["rewards"] *= float("nan") if len(calls) > 25 else 1.0
+        return update(self, batch)
+
+    monkeypatch.setattr(sac_vlmrm.SAC, "update", poisoned)
+    with pytest.raises(RunError, match="loss"):
+        sac_vlmrm.train(Args(**{**FLAGS, "total_timesteps": 200}, run_dir=tmp_path / "loss"))
+    saved = sac_vlmrm.load_checkpoint(tmp_path / "loss" / "checkpoint.pt")
+    assert saved["global_step"] == 80 and all(value.isfinite().all() for value in saved["agent"].values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(checkpoint, file):
+        calls.append(1)
+        if len(calls) > 3:
+            file.write(b"half of a checkpoint")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="No space left"):
+        sac_vlmrm.train(Args(**FLAGS, total_timesteps=10**4, run_dir=tmp_path / "run"))
+    frame = sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"]
+    monkeypatch.setattr(torch, "save", save)
+    sac_vlmrm.train(Args(**FLAGS, total_timesteps=frame + 40, resume=tmp_path / "run"))
+    assert sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"] == frame + 40
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_broken_and_foreign_checkpoints_are_one_line_and_run_nothing(tmp_path, reference, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = (reference / "checkpoint.pt").read_bytes()
+    contents = {"pickle": pickle.dumps(Payload()), "cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}
+    for name, content in contents.items():
+        Path(name).write_bytes(content)
+        with pytest.raises(SystemExit) as end:
+            sac_vlmrm.load_checkpoint(Path(name))
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and message.count("\n") == 1 and name in message
+    torch.save({"model": torch.zeros(2)}, "foreign")
+    with pytest.raises(SystemExit):
+        sac_vlmrm.load_checkpoint(Path("foreign"))
+    assert not Path("pwned").exists()
+
+
+def test_flags_that_would_change_the_numbers_are_refused_on_resume(reference, tmp_path):
+    result = subprocess.run(command(resume=reference, gamma=0.5, seed=7, eval_every=10), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "--gamma 0.5 (was 0.95)" in result.stderr and "--seed" in result.stderr and "--eval-every" not in result.stderr
+    result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--resume" in result.stderr
+    (tmp_path / "args.json").write_text(json.dumps({"goal": "a humanoid robot kneeling"}))
+    result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
+    assert result.returncode == 2 and "checkpoint.pt" in result.stderr
