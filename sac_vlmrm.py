@@ -38,6 +38,8 @@ import os
 import signal
 import sys
 import time
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,6 +54,7 @@ except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises 
     print(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}", file=sys.stderr)
     sys.exit(2)
 import gymnasium as gym
+import huggingface_hub
 import imageio
 import numpy as np
 import open_clip
@@ -224,6 +227,12 @@ def resolve_clip(clip, pretrained):
             fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
     if pretrained and not tag:
         fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
+    try:  # without a network, do not let the hub retry for a minute before it looks into its cache
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         if tag:
             open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
@@ -234,6 +243,17 @@ def resolve_clip(clip, pretrained):
         fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network, or "
              "name a directory, such as --clip tests/tiny_clip")
     return name, tag, size if isinstance(size, int) else size[0]
+
+
+def check_prompts(name, prompts):
+    """Ends the program over prompts that are longer than the context of a CLIP model, whose tokenizer would cut them."""
+    tokenizer = open_clip.get_tokenizer(name)
+    for prompt in prompts:
+        words = prompt.split()
+        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
+            words.pop()
+        if len(words) < len(prompt.split()):
+            fail(f'the prompt "{prompt}" is too long for the model, which would not see anything after "{words[-1]}"')
 
 
 class CLIP:
@@ -781,19 +801,23 @@ def train(args):
     """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
     check_args(args)
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    run_dir = args.resume or args.run_dir or Path("runs") / run_name
+    try:
+        for folder in ("videos", "rollouts"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir} can't be written: {error.strerror}")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.reward != "env":
         clip_name, clip_tag, clip_size = resolve_clip(args.clip, args.clip_pretrained)
+        check_prompts(clip_name, [t.replace("{}", p) for p in (args.goal, args.baseline) for t in args.template])
     else:
         clip_size = 224
     # Workers start before CUDA or a model is up, so that they can be forked.
     with make_envs(args, args.render_size or clip_size) as envs:
         state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
 
-        run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-        run_dir = args.resume or args.run_dir or Path("runs") / run_name
-        for folder in ("videos", "rollouts"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
         if args.track:
             import wandb

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -408,6 +409,10 @@ BAD_INPUT = {
     "architecture": (["--clip", "ViT-L-41"], "ViT-L-14"),
     "weights tag": (["--clip", "ViT-L-14", "--clip-pretrained", "nobody"], "laion2b_s32b_b82k"),
     "activation": (["--clip", "ViT-L-14", "--clip-pretrained", "openai"], "ViT-L-14-quickgelu"),
+    "not cached": (["--clip", "ViT-B-32"], "network"),
+    "long prompt": (["--clip", TINY_CLIP, "--goal", "a humanoid robot " + "that is kneeling " * 20], 'after "'),
+    "run folder": (["--clip", TINY_CLIP, "--run-dir", "/dev/null/run"], "--run-dir"),
+    "resume": (["--resume", str(ROOT / "docs")], "--resume"),
     "clip directory": (["--clip", str(ROOT / "tests")], "open_clip_config.json"),
     "environment": (["--env-id", "Humanoid-v55"], "Humanoid-v5"),
     "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "continuous"),
@@ -420,7 +425,13 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    result = run(*flags, "--run-dir", tmp_path / "run")
+    if "ViT-B-32" in flags:  # an empty cache, and a hub that does not answer
+        offline = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://localhost:9", "XDG_CACHE_HOME": str(tmp_path)}
+    else:
+        offline = None
+    start = time.time()
+    result = run(*([] if "--run-dir" in flags else ["--run-dir", tmp_path / "run"]), *flags, env=offline)
+    print(f"{time.time() - start:.1f} s")
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if "warning" not in line.lower()]
     assert len(lines) == 1 and named in lines[0] and "Traceback" not in result.stderr, result.stderr
