@@ -43,7 +43,7 @@ class Args:
     """seed of the data, of the weights' start and of the order of training"""
     minutes: float = 0.0
     """stop the training at this many minutes of its own (0: at --epochs; only --epochs is repeatable)"""
-    epochs: int = 8
+    epochs: int = 6
     """passes over the data"""
     batch_size: int = 128
     """pairs in a batch"""
@@ -114,115 +114,204 @@ HELD_OUT = [
 # ("the robot kneels"), and adjectives ("a kneeling robot"). What a caption names decides what it matches: see `Query`.
 
 SUBJECTS = [
-    "a humanoid robot", "a humanoid robot", "a humanoid robot", "a humanoid robot", "(a|the|one|this|) (white|light|grey|metal|simulated|) robot",
-    "(a|the|one|this|) (simulated|white|mujoco|robotic|) humanoid", "(an|the|this|) android", "(a|the|this|) (white|mechanical|simulated|bipedal|walking|two-legged|) machine",
-    "(a|the|) (mechanical|robotic|artificial|simulated) (person|human|man|figure|character|being)", "(a|the|) (stick figure|mannequin|dummy|puppet|figure|character|person|human|agent|body)",
+    "a humanoid robot", "a humanoid robot", "a humanoid robot", "a humanoid robot",
+    "(a|the|one|this|) (white|light|grey|metal|simulated|) robot",
+    "(a|the|one|this|) (simulated|white|mujoco|robotic|) humanoid", "(an|the|this|) android",
+    "(a|the|this|) (white|mechanical|simulated|bipedal|walking|two-legged|) machine",
+    "(a|the|) (mechanical|robotic|artificial|simulated) (person|human|man|figure|character|being)",
+    "(a|the|) (stick figure|mannequin|dummy|puppet|figure|character|person|human|agent|body)",
     "(a|the|) (bipedal|humanoid|human-like|human-shaped|two-legged) (robot|machine|figure)", "someone", "it",
 ]
 TEMPLATES = ["{}"] * 8 + [
     "(a|the|) (photo|picture|render|rendering|image|frame|screenshot|view|snapshot|video frame|still) (of|showing) {}",
     "{} (in|inside) (a|the) (simulator|simulation|physics simulation|virtual world|computer simulation|physics engine)",
     "{} (rendered|shown|simulated) (in|by|with) (mujoco|a simulator|a physics engine)", "(a simulation|an animation|footage) of {}",
-    "(there is|we see|here is|this is|you can see|the camera shows) {}", "{}, (seen|viewed|pictured) from (the front|the side|afar|behind|a distance|above)",
-    "{} (on|over) (a|the) (checkered|tiled|grey|chequered|dark) (floor|ground|plane)", "{} (under|against|below) (a|the) (blue|clear|dark) sky",
+    "(there is|we see|here is|this is|you can see|the camera shows) {}",
+    "{}, (seen|viewed|pictured) from (the front|the side|afar|behind|a distance|above)",
+    "{} (on|over) (a|the) (checkered|tiled|grey|chequered|dark) (floor|ground|plane)",
+    "{} (under|against|below) (a|the) (blue|clear|dark) sky",
     "{}, (3d render|cgi|low resolution|full body|realistic|digital art)",
 ]
-LINKS = ["{s} {p}"] * 5 + ["{s} (is|that is|which is|who is|seen|shown|) {p}", "{s}, {p}", "{p}", "{p}", "(a scene with|) {s}: {p}", "{s} (currently|now|calmly|still|simply|just) {p}"]
+LINKS = ["{s} {p}"] * 5 + ["{s} (is|that is|which is|who is|seen|shown|) {p}", "{s}, {p}", "{p}", "{p}", "(a scene with|) {s}: {p}",
+    "{s} (currently|now|calmly|still|simply|just) {p}"]
 FLOOR = "(floor|ground|earth)"
 
 # posture: (phrases that follow a subject, finite verbs, adjectives)
 POSTURES = {
     "standing": (
-        ["standing", "standing up", "standing up", "standing (upright|straight|tall|still|erect|there|around)", "(upright|erect|vertical)", "(standing|) on (its|both|both its|two|their) (feet|legs)",
-         f"upright (on|over) the {FLOOR}", "in (a|an) (upright|standing|vertical|straight) (position|pose|posture|stance)", "(idle|waiting|balanced|resting), standing", "standing with (straight|extended|stretched|unbent) (legs|knees)",
-         "balanced (upright|on both feet|on both legs)", "with (both|its|the) feet (flat |planted |)on the floor and (straight legs|an upright body|legs extended)", "(stands|standing) (on|with) straight legs", "at attention", "(doing nothing but|simply|just) standing"],
-        ["stands", "stands up", "stands (upright|straight|tall|still|there)", "(stays|keeps|is) (upright|erect|on its feet|on both feet)", "(waits|rests) (standing|upright)", "(is balancing|balances) on (both|two) (feet|legs)", "has (stood|gotten|got) up", "(rises|rose) to its feet", "(holds|keeps) its legs straight"],
+        ["standing", "standing up", "standing up", "standing (upright|straight|tall|still|erect|there|around)", "(upright|erect|vertical)",
+         "(standing|) on (its|both|both its|two|their) (feet|legs)",
+         f"upright (on|over) the {FLOOR}", "in (a|an) (upright|standing|vertical|straight) (position|pose|posture|stance)",
+         "(idle|waiting|balanced|resting), standing", "standing with (straight|extended|stretched|unbent) (legs|knees)",
+         "balanced (upright|on both feet|on both legs)",
+         "with (both|its|the) feet (flat |planted |)on the floor and (straight legs|an upright body|legs extended)",
+         "(stands|standing) (on|with) straight legs", "at attention", "(doing nothing but|simply|just) standing"],
+        ["stands", "stands up", "stands (upright|straight|tall|still|there)", "(stays|keeps|is) (upright|erect|on its feet|on both feet)",
+         "(waits|rests) (standing|upright)", "(is balancing|balances) on (both|two) (feet|legs)", "has (stood|gotten|got) up",
+         "(rises|rose) to its feet", "(holds|keeps) its legs straight"],
         ["standing", "upright", "erect", "vertical"]),
     "kneeling": (
-        ["kneeling", "kneeling", "kneeling down", "kneeling (upright|on the floor|on the ground|still|low|tall)", "(down|resting|) on (its|both|both its|two|their|bent) knees", f"kneeling with (both|its|two) knees on the {FLOOR}",
-         f"with (both|its|the|two) knees (on|touching|against|resting on|down on|pressed to) the {FLOOR}", "in (a|the) (kneeling|praying) (position|pose|posture)", "praying on (its|both) knees", "(kneeling|sitting|resting) (back on|on) its heels",
-         "on bent knees", "kneeling (in prayer|to pray|in worship|to beg|to propose)", "begging on (its|both) knees", "bowed on (its|both) knees", f"with (its|the|both) (shins|lower legs) (flat |)on the {FLOOR} and (an upright torso|a straight back|its back straight)",
-         "standing on its knees", "kneeling with (a straight back|its back straight|an upright torso|its torso upright)", f"both knees (on|down on|touching) the {FLOOR}", "(seiza|doing seiza|in seiza)"],
-        ["kneels", "kneels down", "kneels on the floor", "(drops|falls|sinks|goes down|gets down|went down|sank) (to|on|onto) (its|both) knees", "(rests|stays|is|stands|balances|prays) on (its|both) knees", "(is|has been) brought to its knees", "(has knelt|knelt) (down|)", "(puts|has) both knees on the floor"],
+        ["kneeling", "kneeling", "kneeling down", "kneeling (upright|on the floor|on the ground|still|low|tall)",
+         "(down|resting|) on (its|both|both its|two|their|bent) knees", f"kneeling with (both|its|two) knees on the {FLOOR}",
+         f"with (both|its|the|two) knees (on|touching|against|resting on|down on|pressed to) the {FLOOR}",
+         "in (a|the) (kneeling|praying) (position|pose|posture)", "praying on (its|both) knees",
+         "(kneeling|sitting|resting) (back on|on) its heels",
+         "on bent knees", "kneeling (in prayer|to pray|in worship|to beg|to propose)", "begging on (its|both) knees",
+         "bowed on (its|both) knees", f"with (its|the|both) (shins|lower legs) (flat |)on the {FLOOR} and (an upright torso|a straight back|its back straight)",
+         "standing on its knees", "kneeling with (a straight back|its back straight|an upright torso|its torso upright)",
+         f"both knees (on|down on|touching) the {FLOOR}", "(seiza|doing seiza|in seiza)"],
+        ["kneels", "kneels down", "kneels on the floor",
+         "(drops|falls|sinks|goes down|gets down|went down|sank) (to|on|onto) (its|both) knees",
+         "(rests|stays|is|stands|balances|prays) on (its|both) knees", "(is|has been) brought to its knees", "(has knelt|knelt) (down|)",
+         "(puts|has) both knees on the floor"],
         ["kneeling", "kneeled", "praying"]),
     "one knee": (
-        ["(down|kneeling|resting) on one knee", "on one knee", "with one knee on the floor", "half kneeling", "with one knee down and one (foot|leg) up", "kneeling with a single knee", "proposing on one knee", "lunging (low|forward|)", "(taking|in) a low lunge"],
+        ["(down|kneeling|resting) on one knee", "on one knee", "with one knee on the floor", "half kneeling",
+         "with one knee down and one (foot|leg) up", "kneeling with a single knee", "proposing on one knee", "lunging (low|forward|)",
+         "(taking|in) a low lunge"],
         ["kneels on one knee", "goes down on one knee", "drops to one knee", "(lunges|takes a knee)"], ["half kneeling", "lunging"]),
     "splits": (
-        ["(doing|performing|practicing|in|holding|showing) (the|a|) (side|) splits", "practicing gymnastics, doing the side splits", "doing (the|) side splits", "doing the (box|straddle|center|middle|sideways) (split|splits)", "in a (wide|full|) (side|straddle|) split",
-         "with (its|the|both) legs (spread|stretched|extended|split|opened) (wide|sideways|to the sides|apart|to both sides)", "(sitting|) in a (wide|) straddle", "practicing (gymnastics|flexibility), (legs apart|legs spread|the splits)", "doing gymnastics",
-         "legs (stretched|spread|split|going|pointing) (out|) (sideways|to either side|left and right|to both sides)", "with (its|) legs (in opposite directions|wide apart) on the floor", "(a gymnast|flexible), legs wide apart on the floor", "stretching its legs sideways"],
-        ["does the (side|) splits", "(performs|holds|shows|practices) (the|a) (side|full|wide|straddle|) (split|splits)", "(spreads|stretches|splits|opens) its legs (wide|sideways|apart|to the sides)", "sits with its legs spread (wide|sideways|apart)", "is (very|) flexible, in the splits"],
+        ["(doing|performing|practicing|in|holding|showing) (the|a|) (side|) splits", "practicing gymnastics, doing the side splits",
+         "doing (the|) side splits", "doing the (box|straddle|center|middle|sideways) (split|splits)",
+         "in a (wide|full|) (side|straddle|) split",
+         "with (its|the|both) legs (spread|stretched|extended|split|opened) (wide|sideways|to the sides|apart|to both sides)",
+         "(sitting|) in a (wide|) straddle", "practicing (gymnastics|flexibility), (legs apart|legs spread|the splits)", "doing gymnastics",
+         "legs (stretched|spread|split|going|pointing) (out|) (sideways|to either side|left and right|to both sides)",
+         "with (its|) legs (in opposite directions|wide apart) on the floor", "(a gymnast|flexible), legs wide apart on the floor",
+         "stretching its legs sideways"],
+        ["does the (side|) splits", "(performs|holds|shows|practices) (the|a) (side|full|wide|straddle|) (split|splits)",
+         "(spreads|stretches|splits|opens) its legs (wide|sideways|apart|to the sides)", "sits with its legs spread (wide|sideways|apart)",
+         "is (very|) flexible, in the splits"],
         ["flexible", "gymnastic", "splitting"]),
     "lotus": (
-        ["seated down, meditating in the lotus position", "(meditating|sitting|seated) in (the|a) (lotus|half lotus) (position|pose)", "in (the|a) lotus (position|pose)", "(meditating|in meditation)", "(sitting|seated) cross-legged (on the floor|)", "cross-legged",
-         "(sitting|seated) with (crossed|folded|its|both) legs (crossed|folded|tucked in|)", "doing yoga", "in a yoga pose (on the floor|)", "meditating on the floor", "with (crossed|folded) legs", "(calm|peaceful|quiet), (sitting|seated) cross-legged", "like a (buddha|yogi|monk)", "sitting with its (feet tucked in|knees out|knees apart)"],
-        ["meditates", "meditates (cross-legged|on the floor|in the lotus position)", "sits (cross-legged|with crossed legs|with folded legs|in the lotus position)", "(does|practices) (yoga|zen|meditation)", "(folds|crosses) its legs"],
+        ["seated down, meditating in the lotus position", "(meditating|sitting|seated) in (the|a) (lotus|half lotus) (position|pose)",
+         "in (the|a) lotus (position|pose)", "(meditating|in meditation)", "(sitting|seated) cross-legged (on the floor|)", "cross-legged",
+         "(sitting|seated) with (crossed|folded|its|both) legs (crossed|folded|tucked in|)", "doing yoga", "in a yoga pose (on the floor|)",
+         "meditating on the floor", "with (crossed|folded) legs", "(calm|peaceful|quiet), (sitting|seated) cross-legged",
+         "like a (buddha|yogi|monk)", "sitting with its (feet tucked in|knees out|knees apart)"],
+        ["meditates", "meditates (cross-legged|on the floor|in the lotus position)",
+         "sits (cross-legged|with crossed legs|with folded legs|in the lotus position)", "(does|practices) (yoga|zen|meditation)",
+         "(folds|crosses) its legs"],
         ["meditating", "cross-legged", "zen", "calm"]),
     "sitting": (
-        ["sitting", "sitting down", f"(sitting|seated) on (the|a) {FLOOR}", "seated", "(sitting|seated) with (its|both|) legs (out|straight|stretched out|extended|in front|forward|stretched forward)", "sitting on its (butt|bottom|behind|backside|rear)", "sitting (upright|up)",
-         "in a (sitting|seated) (position|pose|posture)", "on its (butt|bottom|backside)", "(sitting|seated) with (bent|raised) knees", "with its (bottom|butt|hips|backside) on the floor", "legs (stretched|extended|straight) (in front|forward|to the front), sitting"],
-        ["sits", "sits down", f"sits on the {FLOOR}", "(is|stays|has) (seated|sat down)", "sits with its legs (out|stretched|forward|extended|in front)", "(takes|took) a seat", "(rests|is) on its (bottom|butt|backside)"],
+        ["sitting", "sitting down", f"(sitting|seated) on (the|a) {FLOOR}", "seated",
+         "(sitting|seated) with (its|both|) legs (out|straight|stretched out|extended|in front|forward|stretched forward)",
+         "sitting on its (butt|bottom|behind|backside|rear)", "sitting (upright|up)",
+         "in a (sitting|seated) (position|pose|posture)", "on its (butt|bottom|backside)", "(sitting|seated) with (bent|raised) knees",
+         "with its (bottom|butt|hips|backside) on the floor",
+         "legs (stretched|extended|straight) (in front|forward|to the front), sitting"],
+        ["sits", "sits down", f"sits on the {FLOOR}", "(is|stays|has) (seated|sat down)",
+         "sits with its legs (out|stretched|forward|extended|in front)", "(takes|took) a seat", "(rests|is) on its (bottom|butt|backside)"],
         ["sitting", "seated"]),
     "back": (
-        ["lying on its back", "lying on its back", "(lying|laying|flat|resting|sleeping|down) on (its|the) back", "(lying|laying) (flat|) (face up|faceup|supine|facing up)", "supine", "(lying|down) on the (floor|ground), (face up|facing the sky|looking up|chest up)",
-         "face up", f"with (its|the) (back|spine) (on|against|to|flat on) the {FLOOR}", "(fallen|knocked|thrown) (on|onto) its back", "facing (up|the sky|upwards), lying down", "(looking|staring) (up|at the sky|upwards) from the (floor|ground)", "on its (back|spine)", "(belly|chest|front|face|visor) (up|to the sky|upwards|facing up)"],
-        ["lies on its back", "(lies|rests|sleeps|is) (flat|) on its back", "lies (face up|supine|facing the sky)", "(has fallen|fell|falls|rolled|toppled) (on|onto|over on) its back", "(looks|stares|gazes) (up|at the sky) (lying|from the floor)", "(rests|lies) on its spine"],
+        ["lying on its back", "lying on its back", "(lying|laying|flat|resting|sleeping|down) on (its|the) back",
+         "(lying|laying) (flat|) (face up|faceup|supine|facing up)", "supine",
+         "(lying|down) on the (floor|ground), (face up|facing the sky|looking up|chest up)",
+         "face up", f"with (its|the) (back|spine) (on|against|to|flat on) the {FLOOR}", "(fallen|knocked|thrown) (on|onto) its back",
+         "facing (up|the sky|upwards), lying down", "(looking|staring) (up|at the sky|upwards) from the (floor|ground)",
+         "on its (back|spine)", "(belly|chest|front|face|visor) (up|to the sky|upwards|facing up)"],
+        ["lies on its back", "(lies|rests|sleeps|is) (flat|) on its back", "lies (face up|supine|facing the sky)",
+         "(has fallen|fell|falls|rolled|toppled) (on|onto|over on) its back", "(looks|stares|gazes) (up|at the sky) (lying|from the floor)",
+         "(rests|lies) on its spine"],
         ["supine", "face-up"]),
     "front": (
-        ["lying face down", "lying face down", "lying (on its|on the) (belly|stomach|front|chest|face|tummy)", "(flat|resting|sleeping|asleep|down|stretched out) on its (belly|stomach|front|chest|face)", "prone", "lying prone", "(face|belly|chest|stomach|front) (down|to the ground|to the floor|downwards)",
-         f"with its (face|chest|belly|stomach|front) (on|against|to|touching|pressed to) the {FLOOR}", "(fallen|knocked|thrown) (on|onto|flat on) its (face|front|belly)", "facing (down|the floor|downwards|the ground), lying down", "planking on the floor", "(dirt|floor) in its face"],
-        ["lies face down", "(lies|rests|sleeps|is) (flat|) on its (belly|stomach|front|chest|face)", "lies (prone|facing the floor)", "(has fallen|fell|falls|toppled) (on|onto|flat on) its (face|front|belly)", "(is|stays) face down"],
+        ["lying face down", "lying face down", "lying (on its|on the) (belly|stomach|front|chest|face|tummy)",
+         "(flat|resting|sleeping|asleep|down|stretched out) on its (belly|stomach|front|chest|face)", "prone", "lying prone",
+         "(face|belly|chest|stomach|front) (down|to the ground|to the floor|downwards)",
+         f"with its (face|chest|belly|stomach|front) (on|against|to|touching|pressed to) the {FLOOR}",
+         "(fallen|knocked|thrown) (on|onto|flat on) its (face|front|belly)", "facing (down|the floor|downwards|the ground), lying down",
+         "planking on the floor", "(dirt|floor) in its face"],
+        ["lies face down", "(lies|rests|sleeps|is) (flat|) on its (belly|stomach|front|chest|face)", "lies (prone|facing the floor)",
+         "(has fallen|fell|falls|toppled) (on|onto|flat on) its (face|front|belly)", "(is|stays) face down"],
         ["prone", "face-down"]),
     "side": (
-        ["lying on its side", "(lying|resting|down|sleeping|curled up) on (its|one) side", "on its (left|right|) side", "lying sideways", "(collapsed|fallen) on its side", "in (the|a) recovery position"],
+        ["lying on its side", "(lying|resting|down|sleeping|curled up) on (its|one) side", "on its (left|right|) side", "lying sideways",
+         "(collapsed|fallen) on its side", "in (the|a) recovery position"],
         ["lies on its side", "(sleeps|rests|lies) on (one|its) side", "(has fallen|fell) on its side"], ["sideways"]),
     "crawling": (
-        ["crawling", "crawling", f"crawling (on|over|along|across) the {FLOOR}", "on (all fours|its hands and knees|hands and knees)", "(crawling|down|walking|moving) on all fours", "(crawling|moving|creeping) like (a baby|an animal|a dog|an infant)", "with (its|both) hands and knees on the floor",
+        ["crawling", "crawling", f"crawling (on|over|along|across) the {FLOOR}", "on (all fours|its hands and knees|hands and knees)",
+         "(crawling|down|walking|moving) on all fours", "(crawling|moving|creeping) like (a baby|an animal|a dog|an infant)",
+         "with (its|both) hands and knees on the floor",
          "in a (crawling|quadruped|tabletop|table) (position|pose)", "on four limbs", "creeping (around|along|forward)"],
-        ["crawls", f"crawls (on|over|along|across) the {FLOOR}", "(is|goes|gets|moves|walks) (down |)on (all fours|hands and knees)", "creeps (forward|along|around)"], ["crawling", "creeping", "four-legged"]),
+        ["crawls", f"crawls (on|over|along|across) the {FLOOR}", "(is|goes|gets|moves|walks) (down |)on (all fours|hands and knees)",
+         "creeps (forward|along|around)"], ["crawling", "creeping", "four-legged"]),
     "squatting": (
-        ["squatting", "squatting", "squatting (down|low|deep|deeply)", "crouching", "crouching (down|low)", "crouched", "in (a|the) (deep|low|) (squat|crouch)", "doing (a|) (deep|) (squat|squats)", "in a (squatting|crouching) (position|pose|posture)", "with (deeply|) bent (knees|legs), (feet|both feet) (on|flat on) the floor",
-         "(down|low) on its haunches", "hunkering down", "(exercising|training), doing squats", "ducking", "hunched down with bent (legs|knees)"],
-        ["squats", "squats (down|low|deep)", "crouches", "crouches (down|low)", "(does|holds) a (deep|low|) squat", "(bends|has bent) its knees (deeply|low)", "(ducks|hunkers) down"], ["squatting", "crouching", "crouched"]),
+        ["squatting", "squatting", "squatting (down|low|deep|deeply)", "crouching", "crouching (down|low)", "crouched",
+         "in (a|the) (deep|low|) (squat|crouch)", "doing (a|) (deep|) (squat|squats)", "in a (squatting|crouching) (position|pose|posture)",
+         "with (deeply|) bent (knees|legs), (feet|both feet) (on|flat on) the floor",
+         "(down|low) on its haunches", "hunkering down", "(exercising|training), doing squats", "ducking",
+         "hunched down with bent (legs|knees)"],
+        ["squats", "squats (down|low|deep)", "crouches", "crouches (down|low)", "(does|holds) a (deep|low|) squat",
+         "(bends|has bent) its knees (deeply|low)", "(ducks|hunkers) down"], ["squatting", "crouching", "crouched"]),
     "one leg": (
-        ["standing up on one leg", "standing on (one|a single|its left|its right) (leg|foot)", "(balancing|balanced|upright|poised) on (one|a single) (leg|foot)", "on (one|a single) (leg|foot)", "with one (leg|foot|knee) (lifted|raised|up|in the air|off the floor)", "(lifting|raising|holding up) one (leg|foot|knee)",
+        ["standing up on one leg", "standing on (one|a single|just one) (leg|foot)",
+         "(balancing|balanced|upright|poised) on (one|a single) (leg|foot)", "on (one|a single) (leg|foot)",
+         "with one (leg|foot|knee) (lifted|raised|up|in the air|off the floor)", "(lifting|raising|holding up) one (leg|foot|knee)",
          "like a (flamingo|stork|crane)", "(hopping|dancing) on one leg", "one (leg|foot|knee) (lifted|raised|up|off the ground)"],
-        ["stands on (one|a single) (leg|foot)", "(balances|hops|dances) on (one|a single) (leg|foot)", "(lifts|raises|holds up) (one|a) (leg|foot|knee)", "keeps one foot (up|lifted|off the floor)"], ["one-legged", "hopping"]),
+        ["stands on (one|a single) (leg|foot)", "(balances|hops|dances) on (one|a single) (leg|foot)",
+         "(lifts|raises|holds up) (one|a) (leg|foot|knee)", "keeps one foot (up|lifted|off the floor)"], ["one-legged", "hopping"]),
     "mid-air": (
-        ["in mid-air", "in the air", "jumping", "jumping (up|high|in the air|off the floor)", "(floating|flying|hovering|leaping|hanging|suspended|levitating) (in the air|above the floor|over the floor|in mid-air|)", "with (both feet|its feet|no foot) (off|above|touching|not on) the (floor|ground)", "(airborne|off the ground|off the floor|above the floor)", "leaping"],
-        ["jumps", "jumps (up|high)", "(floats|flies|hovers|leaps|hangs|levitates) (in the air|above the ground|in mid-air|)", "(has left|left|leaves) the (floor|ground)", "(is|stays) (airborne|in mid-air|off the floor)"],
+        ["in mid-air", "in the air", "jumping", "jumping (up|high|in the air|off the floor)",
+         "(floating|flying|hovering|leaping|hanging|suspended|levitating) (in the air|above the floor|over the floor|in mid-air|)",
+         "with (both feet|its feet|no foot) (off|above|touching|not on) the (floor|ground)",
+         "(airborne|off the ground|off the floor|above the floor)", "leaping"],
+        ["jumps", "jumps (up|high)", "(floats|flies|hovers|leaps|hangs|levitates) (in the air|above the ground|in mid-air|)",
+         "(has left|left|leaves) the (floor|ground)", "(is|stays) (airborne|in mid-air|off the floor)"],
         ["jumping", "flying", "floating", "airborne", "leaping", "hovering"]),
     "falling": (
-        ["falling", "falling (down|over|forward|backward|sideways)", "(tipping|toppling|tumbling|keeling) over", "tilted (and falling|over|to one side)", "(losing|out of) balance", "off balance", "(stumbling|tripping|tumbling|staggering)", "leaning (over|far over|too far|dangerously)", "about to (fall|hit the floor|crash)", "in (the middle of|) a fall", "unbalanced"],
-        ["falls", "falls (down|over|forward|backward)", "(tips|topples|tumbles|leans) over", "(loses|lost|has lost) (its|) balance", "(stumbles|trips|staggers)", "is (about to fall|falling over|off balance)"],
+        ["falling", "falling (down|over|forward|backward|sideways)", "(tipping|toppling|tumbling|keeling) over",
+         "tilted (and falling|over|to one side)", "(losing|out of) balance", "off balance", "(stumbling|tripping|tumbling|staggering)",
+         "leaning (over|far over|too far|dangerously)", "about to (fall|hit the floor|crash)", "in (the middle of|) a fall", "unbalanced"],
+        ["falls", "falls (down|over|forward|backward)", "(tips|topples|tumbles|leans) over", "(loses|lost|has lost) (its|) balance",
+         "(stumbles|trips|staggers)", "is (about to fall|falling over|off balance)"],
         ["falling", "toppling", "stumbling", "tilted", "unbalanced"]),
     "tangle": (
-        ["in a tangle", "(tangled|crumpled|twisted|contorted|collapsed) (up|on the floor|in a heap|)", "in (a|some) (strange|weird|random|awkward|twisted|contorted|odd) (pose|position|posture)", "in a heap", "with limbs (everywhere|in a mess|in all directions)", "(collapsed|slumped|curled up) on the floor", "rolling (around|) on the floor"],
-        ["(has collapsed|collapses|crumples|slumps)", "lies in a (heap|tangle|mess)", "(twists|contorts) itself"], ["tangled", "twisted", "contorted", "collapsed", "crumpled"]),
+        ["in a tangle", "(tangled|crumpled|twisted|contorted|collapsed) (up|on the floor|in a heap|)",
+         "in (a|some) (strange|weird|random|awkward|twisted|contorted|odd) (pose|position|posture)", "in a heap",
+         "with limbs (everywhere|in a mess|in all directions)", "(collapsed|slumped|curled up) on the floor",
+         "rolling (around|) on the floor"],
+        ["(has collapsed|collapses|crumples|slumps)", "lies in a (heap|tangle|mess)", "(twists|contorts) itself"],
+        ["tangled", "twisted", "contorted", "collapsed", "crumpled"]),
 }
 ARMS = {
     "raised": ["with both arms raised", "with (both|its|the|two) (arms|hands) (raised|up|lifted|in the air|held up|held high|overhead|above its head|above the head|high|upwards|stretched up)", "(raising|lifting|holding up|throwing up|stretching up) (both|its) (arms|hands)", "(arms|hands) (up|raised|in the air|overhead|high)", "(both|two) (arms|hands) (raised|lifted) (high|in the air|)", "both arms up",
-               "(reaching|stretching) (up|for the sky|upwards|to the sky|high) (with both hands|with its arms|)", "(surrendering|cheering|celebrating|in victory)", "hands (up|above the head|over its head)", "(celebrating|cheering), (arms|hands) (up|high|raised)"],
-    "hips": ["with hands on hips", "with (its|both|the) hands on (its|the) (hips|waist|sides)", "hands on (hips|its hips|the hips|waist|its waist)", "with (its|both) (arms|hands) akimbo", "(holding|placing|putting|resting) (its|both) hands on (its|the) (hips|waist)", "arms akimbo", "hands at (the|its) waist"],
-    "crossed": ["with its arms crossed", "with (its|the|both) arms (crossed|folded) (in front of its chest|over the chest|)", "(arms|its arms) (crossed|folded)", "(crossing|folding) (its|both) arms", "with (crossed|folded) arms", "hugging itself", "arms (folded|crossed) (over|in front of|across) (its|the) (chest|body)"],
-    "sideways": ["with (its|both) arms (out|outstretched|stretched|extended|spread|held out) (sideways|to the sides|)", "arms (wide|spread|out|to the sides|outstretched)", "(in|holding|making) a t pose", "with open arms", "(spreading|stretching out) its arms"],
-    "down": ["with (its|both|the) arms (down|at its sides|hanging|lowered|by its sides|hanging down)", "arms (down|hanging|lowered|at its sides|by its side)", "(lowering|resting) its arms", "hands (down|by its sides|below the waist)"],
-    "forward": ["with (its|both|the) arms (forward|in front|stretched forward|extended forward|straight ahead)", "(reaching|stretching|pointing) (forward|ahead) (with both arms|)", "arms (forward|out front|held in front)", "(hands|arms) in front"],
+               "(reaching|stretching) (up|for the sky|upwards|to the sky|high) (with both hands|with its arms|)",
+               "(surrendering|cheering|celebrating|in victory)", "hands (up|above the head|over its head)",
+               "(celebrating|cheering), (arms|hands) (up|high|raised)"],
+    "hips": ["with hands on hips", "with (its|both|the) hands on (its|the) (hips|waist|sides)",
+        "hands on (hips|its hips|the hips|waist|its waist)", "with (its|both) (arms|hands) akimbo",
+        "(holding|placing|putting|resting) (its|both) hands on (its|the) (hips|waist)", "arms akimbo", "hands at (the|its) waist"],
+    "crossed": ["with its arms crossed", "with (its|the|both) arms (crossed|folded) (in front of its chest|over the chest|)",
+        "(arms|its arms) (crossed|folded)", "(crossing|folding) (its|both) arms", "with (crossed|folded) arms", "hugging itself",
+        "arms (folded|crossed) (over|in front of|across) (its|the) (chest|body)"],
+    "sideways": ["with (its|both) arms (out|outstretched|stretched|extended|spread|held out) (sideways|to the sides|)",
+        "arms (wide|spread|out|to the sides|outstretched)", "(in|holding|making) a t pose", "with open arms",
+        "(spreading|stretching out) its arms"],
+    "down": ["with (its|both|the) arms (down|at its sides|hanging|lowered|by its sides|hanging down)",
+        "arms (down|hanging|lowered|at its sides|by its side)", "(lowering|resting) its arms", "hands (down|by its sides|below the waist)"],
+    "forward": ["with (its|both|the) arms (forward|in front|stretched forward|extended forward|straight ahead)",
+        "(reaching|stretching|pointing) (forward|ahead) (with both arms|)", "arms (forward|out front|held in front)",
+        "(hands|arms) in front"],
     "other": ["with (its|the|) arms (bent|anywhere|in some position|somewhere)", "moving its arms", "with (bent|loose) arms"],
 }
 # Other robots: (the bare subject, then phrases for each state), whole captions.
 OTHERS = {
-    "pendulum": ("InvertedPendulum-v5", ["pole and cart", "pole and cart", "(a|the|) (pole|rod|stick|pendulum) (and|on|with) (a|the|) cart", "(a|the|) (cartpole|cart-pole|inverted pendulum)", "(a|the) cart with (a|its) (pole|rod|stick)"], {
-        "pole upright": ["pole vertically upright on top of the cart", "(a|the|) (pole|rod|stick|pendulum) (is |standing |balanced |pointing |)(vertically upright|upright|vertical|straight up|vertically) on (top of|) (the|a) cart", "(a|the|) cart (balancing|holding up|with) (a|the|its) (upright|vertical|balanced|straight) (pole|rod|stick)", "(a|the) (balanced|upright|vertical) (pendulum|inverted pendulum|cartpole|pole)"],
+    "pendulum": ("InvertedPendulum-v5", ["pole and cart", "pole and cart", "(a|the|) (pole|rod|stick|pendulum) (and|on|with) (a|the|) cart",
+        "(a|the|) (cartpole|cart-pole|inverted pendulum)", "(a|the) cart with (a|its) (pole|rod|stick)"], {
+        "pole upright": ["pole vertically upright on top of the cart",
+            "(a|the|) (pole|rod|stick|pendulum) (is |standing |balanced |pointing |)(vertically upright|upright|vertical|straight up|vertically) on (top of|) (the|a) cart", "(a|the|) cart (balancing|holding up|with) (a|the|its) (upright|vertical|balanced|straight) (pole|rod|stick)", "(a|the) (balanced|upright|vertical) (pendulum|inverted pendulum|cartpole|pole)"],
         "pole leaning": ["(a|the|) (pole|rod|stick|pendulum) (leaning|tilted|tilting|tipping|slanted|falling) (over|to one side|sideways|to the left|to the right|) (on|on top of) (the|a) cart", "(a|the) cart with (a|its) (leaning|tilted|slanted|tipping) (pole|rod|stick)", "(a|the) (leaning|tilted|slanted|falling) (pendulum|pole|cartpole)"],
         "pole fallen": ["(a|the|) (pole|rod|stick|pendulum) (has fallen|fallen|lying|hanging|horizontal|down|dropped) (over|down|flat|sideways|) (beside|next to|off|at|on) (the|a) cart", "(a|the) cart with (a|its) (fallen|horizontal|flat|dropped) (pole|rod|stick)", "(a|the) (fallen|collapsed|horizontal) (pendulum|pole|cartpole)"]}),
-    "cheetah": ("HalfCheetah-v5", ["a half cheetah", "(a|the|) (half cheetah|cheetah robot|robot cheetah|robotic cheetah|cheetah|robot dog|four-legged robot|robotic animal)"], {
-        "cheetah upright": ["{s} (standing|on its feet|upright|running|walking|the right way up|on its legs)", "{s} (that is |)(standing|running|on its feet)", "(a|the|) (standing|running|upright) (cheetah|cheetah robot|half cheetah)"],
+    "cheetah": ("HalfCheetah-v5", ["a half cheetah",
+        "(a|the|) (half cheetah|cheetah robot|robot cheetah|robotic cheetah|cheetah|robot dog|four-legged robot|robotic animal)"], {
+        "cheetah upright": ["{s} (standing|on its feet|upright|running|walking|the right way up|on its legs)",
+            "{s} (that is |)(standing|running|on its feet)", "(a|the|) (standing|running|upright) (cheetah|cheetah robot|half cheetah)"],
         "cheetah on its back": ["{s} (on its back|upside down|flipped over|turned over|lying on its back|with its legs in the air|fallen on its back|belly up)", "(an|the) (upside down|overturned|flipped) (cheetah|cheetah robot|half cheetah)"]}),
     "ant": ("Ant-v5", ["an ant robot", "(an|the|) (ant robot|robot ant|ant|robotic ant|robot spider|spider robot|quadruped robot|insect robot)"], {
-        "ant upright": ["{s} (standing|on its feet|upright|walking|the right way up|on its legs)", "{s} (that is |)(standing|walking|on its legs)", "(a|the|) (standing|walking|upright) (ant|ant robot|spider robot)"],
-        "ant on its back": ["{s} (on its back|upside down|flipped over|turned over|lying on its back|with its legs in the air|belly up)", "(an|the) (upside down|overturned|flipped) (ant|ant robot|spider robot)"]}),
+        "ant upright": ["{s} (standing|on its feet|upright|walking|the right way up|on its legs)",
+            "{s} (that is |)(standing|walking|on its legs)", "(a|the|) (standing|walking|upright) (ant|ant robot|spider robot)"],
+        "ant on its back": ["{s} (on its back|upside down|flipped over|turned over|lying on its back|with its legs in the air|belly up)",
+            "(an|the) (upside down|overturned|flipped) (ant|ant robot|spider robot)"]}),
 }
 
 # ---------------------------------------------------------------- the poses of the humanoid, degrees
@@ -230,51 +319,72 @@ OTHERS = {
 # forward. Then the root is lowered until the lowest geom touches the floor. Everything is within the joints' limits.
 
 ARM_POSES = {
-    "down": (-45, 50, -58), "bent": (-45, 45, -20), "start": (0, 0, 0), "raised": (85, -15, -85), "hips": (-48, 78, -5), "crossed": (-60, 24, 30),
+    "down": (-45, 50, -58), "bent": (-45, 45, -20), "start": (0, 0, 0), "raised": (85, -15, -85), "hips": (-48, 78, -5),
+        "crossed": (-60, 24, 30),
     "sideways": (51, 46, -66), "forward": (3, -31, -67), "crawl": (12, -17, -37), "lap": (-36, 28, -27), "knees": (-22, 9, -57),
 }
-NEUTRAL, ANY = ("down", "down", "bent", "start", "random"), ("down", "down", "bent", "start", "lap", "sideways", "forward", "raised", "hips", "crossed", "random", "random", "random")
+NEUTRAL, ANY = ("down", "down", "bent", "start", "random"), ("down", "down", "bent", "start", "lap", "sideways", "forward", "raised",
+    "hips", "crossed", "random", "random", "random")
 STRAIGHT = (0, 0, 0, -2)
 # posture: [(pitch, abdomen_y, left leg, right leg, arms to draw from, share of the noise in the legs)]
 POSES = {
-    "standing": [(0, 0, STRAIGHT, STRAIGHT, NEUTRAL, 1), (0, 0, (-8, 0, 0, -2), (-8, 0, 0, -2), NEUTRAL, 1), (0, 0, (-4, 0, -12, -25), (-4, 0, -12, -25), NEUTRAL, 1),
+    "standing": [(0, 0, STRAIGHT, STRAIGHT, NEUTRAL, 1), (0, 0, (-8, 0, 0, -2), (-8, 0, 0, -2), NEUTRAL, 1),
+        (0, 0, (-4, 0, -12, -25), (-4, 0, -12, -25), NEUTRAL, 1),
                  (0, 0, (-4, 0, -25, -12), (-4, 0, 12, -12), NEUTRAL, 0.7)],
     "arms raised": [(0, 0, STRAIGHT, STRAIGHT, ("raised",), 1), (0, 0, (-10, 0, 0, -2), (-10, 0, 0, -2), ("raised",), 1)],
     "hands on hips": [(0, 0, STRAIGHT, STRAIGHT, ("hips",), 1), (0, 0, (-8, 0, 0, -2), (-8, 0, 0, -2), ("hips",), 1)],
     "arms crossed": [(0, 0, STRAIGHT, STRAIGHT, ("crossed",), 1), (0, 0, (-8, 0, 0, -2), (-8, 0, 0, -2), ("crossed",), 1)],
-    "kneeling": [(0, 0, (0, 0, 0, -94), (0, 0, 0, -94), ANY, 0.7), (0, 0, (0, 0, -15, -108), (0, 0, -15, -108), ANY, 0.7), (0, 0, (0, 0, -30, -125), (0, 0, -30, -125), ANY, 0.7),
-                 (0, 0, (0, 0, -60, -155), (0, 0, -60, -155), ANY, 0.5), (0, 0, (-12, 0, -10, -104), (-12, 0, -10, -104), ANY, 0.7), (20, -20, (-4, 0, -5, -90), (-4, 0, -5, -90), ANY, 0.7),
+    "kneeling": [(0, 0, (0, 0, 0, -94), (0, 0, 0, -94), ANY, 0.7), (0, 0, (0, 0, -15, -108), (0, 0, -15, -108), ANY, 0.7),
+        (0, 0, (0, 0, -30, -125), (0, 0, -30, -125), ANY, 0.7),
+                 (0, 0, (0, 0, -60, -155), (0, 0, -60, -155), ANY, 0.5), (0, 0, (-12, 0, -10, -104), (-12, 0, -10, -104), ANY, 0.7),
+                  (20, -20, (-4, 0, -5, -90), (-4, 0, -5, -90), ANY, 0.7),
                  (-15, 10, (-4, 0, 10, -85), (-4, 0, 10, -85), ANY, 0.7)],
     "one knee": [(0, 0, (0, 0, -85, -85), (0, 0, 0, -94), ANY, 0.5), (5, 0, (-8, 0, -95, -95), (-4, 0, 5, -90), ANY, 0.5)],
     "splits": [(-3, -14, (-25, -60, -65, -9), (-25, -60, -65, -9), ("down", "sideways", "lap", "raised", "random"), 0.7)],
     "lotus": [(-8, -75, (0, -60, -60, -143), (0, -60, -60, -143), ("knees", "lap", "random"), 0.7)],
-    "sitting": [(-10, 0, (0, 0, -80, -3), (0, 0, -80, -3), ("lap", "down", "random"), 1), (-15, 0, (-6, 0, -105, -65), (-6, 0, -105, -65), ("knees", "lap", "random"), 1)],
-    "back": [(-90, 0, STRAIGHT, STRAIGHT, ("down", "sideways", "bent", "random"), 1.5), (-90, 0, (0, 0, -30, -60), (0, 0, -30, -60), ("down", "sideways", "bent", "random"), 1.5),
+    "sitting": [(-10, 0, (0, 0, -80, -3), (0, 0, -80, -3), ("lap", "down", "random"), 1),
+        (-15, 0, (-6, 0, -105, -65), (-6, 0, -105, -65), ("knees", "lap", "random"), 1)],
+    "back": [(-90, 0, STRAIGHT, STRAIGHT, ("down", "sideways", "bent", "random"), 1.5),
+        (-90, 0, (0, 0, -30, -60), (0, 0, -30, -60), ("down", "sideways", "bent", "random"), 1.5),
              (-90, 0, (-15, -20, -10, -20), (-15, -20, -40, -70), ("random", "raised"), 1.5)],
-    "front": [(90, 0, STRAIGHT, STRAIGHT, ("down", "sideways", "random"), 1.5), (90, 0, (-15, -10, -10, -30), (-15, -10, 0, -10), ("random", "raised"), 1.5)],
-    "side": [(0, 0, (-5, 0, -20, -30), (-5, 0, -30, -50), ("down", "start", "random"), 1.5), (0, 0, (-5, 0, 0, -5), (-5, 0, 0, -5), ("down", "bent", "random"), 1.5)],
-    "crawling": [(80, 0, (0, 0, -80, -92), (0, 0, -80, -92), ("crawl",), 0.7), (75, 0, (0, 0, -60, -85), (0, 0, -95, -100), ("crawl",), 0.7)],
-    "squatting": [(25, 0, (-8, 0, -100, -130), (-8, 0, -100, -130), ("forward", "random"), 0.7), (20, 0, (-12, -20, -90, -115), (-12, -20, -90, -115), ("knees", "random"), 0.7),
+    "front": [(90, 0, STRAIGHT, STRAIGHT, ("down", "sideways", "random"), 1.5),
+        (90, 0, (-15, -10, -10, -30), (-15, -10, 0, -10), ("random", "raised"), 1.5)],
+    "side": [(0, 0, (-5, 0, -20, -30), (-5, 0, -30, -50), ("down", "start", "random"), 1.5),
+        (0, 0, (-5, 0, 0, -5), (-5, 0, 0, -5), ("down", "bent", "random"), 1.5)],
+    "crawling": [(80, 0, (0, 0, -80, -92), (0, 0, -80, -92), ("crawl",), 0.7),
+        (75, 0, (0, 0, -60, -85), (0, 0, -95, -100), ("crawl",), 0.7)],
+    "squatting": [(25, 0, (-8, 0, -100, -130), (-8, 0, -100, -130), ("forward", "random"), 0.7),
+        (20, 0, (-12, -20, -90, -115), (-12, -20, -90, -115), ("knees", "random"), 0.7),
                   (15, 0, (-8, 0, -70, -90), (-8, 0, -70, -90), ("forward", "down", "random"), 0.7)],
-    "one leg": [(0, 0, STRAIGHT, (0, 0, -75, -100), ("down", "sideways", "random"), 0.7), (0, 0, STRAIGHT, (0, 0, 0, -110), ("down", "sideways", "random"), 0.7),
+    "one leg": [(0, 0, STRAIGHT, (0, 0, -75, -100), ("down", "sideways", "random"), 0.7),
+        (0, 0, STRAIGHT, (0, 0, 0, -110), ("down", "sideways", "random"), 0.7),
                 (0, 0, STRAIGHT, (-25, -40, -60, -120), ("down", "sideways", "random"), 0.7)],
-    "mid-air": [(0, 0, (-18, 0, 0, -10), (-18, 0, 0, -10), ("raised", "sideways", "random"), 1), (0, 0, (0, 0, -50, -80), (0, 0, -50, -80), ("raised", "sideways", "random"), 1),
-                (0, 0, (-22, 0, 0, -2), (-22, 0, 0, -2), ("raised", "sideways", "random"), 1), (0, 0, STRAIGHT, (0, 0, -30, -60), ("random", "down"), 1)],
-    "falling": [(45, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5), (-45, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5), (0, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5)],
+    "mid-air": [(0, 0, (-18, 0, 0, -10), (-18, 0, 0, -10), ("raised", "sideways", "random"), 1),
+        (0, 0, (0, 0, -50, -80), (0, 0, -50, -80), ("raised", "sideways", "random"), 1),
+                (0, 0, (-22, 0, 0, -2), (-22, 0, 0, -2), ("raised", "sideways", "random"), 1),
+                 (0, 0, STRAIGHT, (0, 0, -30, -60), ("random", "down"), 1)],
+    "falling": [(45, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5),
+        (-45, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5), (0, 0, (-4, 0, -10, -20), (-4, 0, 0, -20), ("random",), 1.5)],
     "tangle": [(0, 0, None, None, ("random",), 0)],  # every joint random, the body turned any way and settled by physics
 }
 # The states of the table above as (posture, arms): "arms raised" is a standing posture with raised arms.
-STATES = {name: (name, None) for name in POSES} | {"arms raised": ("standing", "raised"), "hands on hips": ("standing", "hips"), "arms crossed": ("standing", "crossed")}
+STATES = {name: (name, None) for name in POSES} | {"arms raised": ("standing", "raised"), "hands on hips": ("standing", "hips"),
+    "arms crossed": ("standing", "crossed")}
 OTHER_STATES = [state for _, _, phrases in OTHERS.values() for state in phrases]
 ALL_STATES = list(STATES) + OTHER_STATES  # the classes
 ALL_POSTURES = list(POSTURES) + OTHER_STATES
 ALL_ARMS = list(ARMS)
 # Ways from one pose to another, for rewards that change evenly: (from, its row, its arms, to, its row, its arms)
-PATHS = [("standing", 0, "down", "kneeling", 0, "down"), ("standing", 0, "down", "kneeling", 2, "down"), ("standing", 0, "start", "kneeling", 4, "start"), ("squatting", 0, "forward", "kneeling", 2, "down"),
-         ("front", 0, "down", "kneeling", 0, "down"), ("back", 1, "down", "kneeling", 3, "down"), ("crawling", 0, "crawl", "kneeling", 1, "forward"), ("sitting", 1, "knees", "kneeling", 3, "knees"),
-         ("standing", 0, "down", "squatting", 0, "forward"), ("standing", 0, "down", "arms raised", 0, "raised"), ("standing", 1, "start", "arms raised", 1, "raised"), ("standing", 1, "down", "splits", 0, "sideways"),
-         ("sitting", 0, "lap", "splits", 0, "sideways"), ("sitting", 0, "lap", "back", 0, "down"), ("sitting", 1, "knees", "lotus", 0, "knees"), ("crawling", 0, "crawl", "front", 0, "sideways"),
-         ("one knee", 0, "down", "kneeling", 0, "down"), ("standing", 0, "down", "hands on hips", 0, "hips"), ("squatting", 1, "knees", "sitting", 1, "knees"), ("kneeling", 2, "down", "splits", 0, "down")]
+PATHS = [("standing", 0, "down", "kneeling", 0, "down"), ("standing", 0, "down", "kneeling", 2, "down"),
+    ("standing", 0, "start", "kneeling", 4, "start"), ("squatting", 0, "forward", "kneeling", 2, "down"),
+         ("front", 0, "down", "kneeling", 0, "down"), ("back", 1, "down", "kneeling", 3, "down"),
+          ("crawling", 0, "crawl", "kneeling", 1, "forward"), ("sitting", 1, "knees", "kneeling", 3, "knees"),
+         ("standing", 0, "down", "squatting", 0, "forward"), ("standing", 0, "down", "arms raised", 0, "raised"),
+          ("standing", 1, "start", "arms raised", 1, "raised"), ("standing", 1, "down", "splits", 0, "sideways"),
+         ("sitting", 0, "lap", "splits", 0, "sideways"), ("sitting", 0, "lap", "back", 0, "down"),
+          ("sitting", 1, "knees", "lotus", 0, "knees"), ("crawling", 0, "crawl", "front", 0, "sideways"),
+         ("one knee", 0, "down", "kneeling", 0, "down"), ("standing", 0, "down", "hands on hips", 0, "hips"),
+          ("squatting", 1, "knees", "sitting", 1, "knees"), ("kneeling", 2, "down", "splits", 0, "down")]
 
 
 # ---------------------------------------------------------------- a state's label, read off the simulator
@@ -369,25 +479,29 @@ class Humanoid:
             left *= 1.0 - amount
 
         tilted = gate(-up, -0.65, 0.04)
-        claim(gate(low.min(), 0.15, 0.015), mid_air=1 - 0.7 * tilted, falling=0.7 * tilted)
+        claim(gate(low.min(), 0.15, 0.025), mid_air=1 - 0.5 * tilted, falling=0.5 * tilted)
         claim(gate(-knees.max(), -0.13, 0.008) * gate(up, 0.68, 0.02) * gate(pelvis, 0.18, 0.012) * gate(bend.min(), 45, 5), kneeling=1)
         # knees that sink while the thighs point down: between standing and kneeling, by their height
         down = gate(-max(thighs[0][2], thighs[1][2]), 0.75, 0.04)
         share = np.clip((0.4 - knees.max()) / 0.3, 0, 1)
-        claim(gate(up, 0.68, 0.03) * down * gate(-knees.max(), -0.37, 0.015) * gate(-abs(knees[0] - knees[1]), -0.15, 0.03), kneeling=0.8 * share, standing=1 - 0.8 * share)
-        claim(gate(up, 0.68, 0.03) * gate(-knees.min(), -0.13, 0.01) * gate(knees.max(), 0.2, 0.02) * gate(pelvis, 0.28, 0.02), one_knee=0.75, kneeling=0.25)
+        claim(gate(up, 0.68, 0.03) * down * gate(-knees.max(), -0.37, 0.015) * gate(-abs(knees[0] - knees[1]), -0.15, 0.03),
+            kneeling=0.8 * share, standing=1 - 0.8 * share)
+        claim(gate(up, 0.68, 0.03) * gate(-knees.min(), -0.13, 0.01) * gate(knees.max(), 0.2, 0.02) * gate(pelvis, 0.28, 0.02),
+            one_knee=0.75, kneeling=0.25)
         lifted = gate(feet.max(), 0.17, 0.02) * gate(-feet.min(), -0.1, 0.02)
         claim(gate(up, 0.78, 0.03) * gate(pelvis, 0.72, 0.03), one_leg=lifted, standing=1 - lifted)
         folded = gate(bend.min(), 100, 8) * gate(-knees.max(), -0.34, 0.02) * gate(spread, 45, 6)
         straddle = gate(spread, 85, 6) * gate(-bend.max(), -50, 6) * gate(-knees.max(), -0.25, 0.02)
-        claim(gate(-min(low[3], low[4]), -0.12, 0.015) * gate(up, 0.55, 0.04), splits=straddle, lotus=(1 - straddle) * folded, sitting=(1 - straddle) * (1 - folded))
-        claim(gate(up, 0.55, 0.04) * gate(pelvis, 0.22, 0.02) * gate(-feet.max(), -0.17, 0.02) * gate(knees.min(), 0.17, 0.02) * gate(bend.min(), 45, 5), squatting=1)
+        claim(gate(-min(low[3], low[4]), -0.12, 0.015) * gate(up, 0.55, 0.04), splits=straddle, lotus=(1 - straddle) * folded,
+            sitting=(1 - straddle) * (1 - folded))
+        claim(gate(up, 0.55, 0.04) * gate(pelvis, 0.22, 0.02) * gate(-feet.max(), -0.17, 0.02) * gate(knees.min(), 0.17,
+            0.02) * gate(bend.min(), 45, 5), squatting=1)
         flat = gate(-xpos[1, 2], -0.37, 0.02) * gate(-pelvis, -0.36, 0.02)
-        claim(flat * gate(face, 0.6, 0.05), back=1)
-        claim(flat * gate(-face, 0.6, 0.05), front=1)
-        claim(flat * gate(side, 0.6, 0.05), side=1)
-        claim(gate(-face, 0.55, 0.05) * gate(-knees.max(), -0.25, 0.02) * gate(-hands, -0.25, 0.02) * gate(pelvis, 0.25, 0.02), crawling=1)
-        claim(gate(-up, -0.8, 0.04) * gate(xpos[1, 2], 0.42, 0.02) * gate(upper, 0.05, 0.01), falling=1)
+        rolled = gate(side, abs(face), 0.12)  # onto its side
+        claim(flat, side=rolled, back=(1 - rolled) * gate(face, 0, 0.05), front=(1 - rolled) * gate(-face, 0, 0.05))
+        claim(gate(-face, 0.55, 0.05) * gate(-knees.max(), -0.25, 0.02) * gate(-hands, -0.25, 0.03) * gate(pelvis, 0.25, 0.03), crawling=1)
+        claim(gate(up, 0.68, 0.03) * gate(pelvis, 0.25, 0.02), one_knee=0.5, squatting=0.5)  # a lunge
+        claim(gate(-up, -0.8, 0.04) * gate(xpos[1, 2], 0.42, 0.04) * gate(upper, 0.05, 0.02), falling=1)
         claim(1.0, tangle=1)
 
         arms = self.arm_positions()
@@ -481,7 +595,8 @@ def path_state(h, start, row_a, arm_a, end, row_b, arm_b, share, noise_joints=0.
     return h.to_floor(h.turn(h.clip(qpos), heading))
 
 
-START_STATES = ["kneeling"] * 6 + ["standing"] * 2 + ["arms raised"] * 3 + ["splits"] * 3 + ["lotus"] * 2 + ["hands on hips", "arms crossed", "sitting", "sitting", "back", "back", "front", "side", "crawling", "crawling", "squatting", "squatting",
+START_STATES = ["kneeling"] * 6 + ["standing"] * 2 + ["arms raised"] * 3 + ["splits"] * 3 + ["lotus"] * 2 + ["hands on hips",
+    "arms crossed", "sitting", "sitting", "back", "back", "front", "side", "crawling", "crawling", "squatting", "squatting",
                 "one leg", "one leg", "one knee", "one knee", "mid-air", "mid-air", "falling", "tangle"]
 
 
@@ -541,21 +656,24 @@ class Other:
         if self.name == "pendulum":
             angle = np.deg2rad(rng.choice([rng.normal(0, 5), rng.uniform(-90, 90), rng.choice([-1, 1]) * rng.uniform(70, 90)]))
             upright, fallen = gate(-abs(np.rad2deg(angle)), -14, 3), gate(abs(np.rad2deg(angle)), 68, 4)
-            camera = dict(azimuth=rng.choice([90, 90, 90, -90]) + rng.normal(0, 3), distance=rng.choice([3, rng.uniform(2.2, 4)]), elevation=rng.choice([-10, rng.uniform(-25, 0)]), lookat=(0, 0, rng.choice([0.3, rng.uniform(0, 1)])))
+            camera = dict(azimuth=rng.choice([90, 90, 90, -90]) + rng.normal(0, 3), distance=rng.choice([3, rng.uniform(2.2, 4)]),
+                elevation=rng.choice([-10, rng.uniform(-25, 0)]), lookat=(0, 0, rng.choice([0.3, rng.uniform(0, 1)])))
             return np.array([rng.uniform(-0.9, 0.9), angle]), np.array([upright, 1 - upright - fallen, fallen]).clip(0), camera
         on_back = rng.random() < 0.5
         qpos = self.model.qpos0.copy()
         if self.name == "cheetah":
             qpos[3:] = rng.uniform(low[3:], high[3:]) * rng.choice([0.4, 1.0])
             qpos[2] = (np.pi if on_back else 0) + rng.normal(0, 0.25)
-            camera = dict(azimuth=90 + rng.normal(0, 8), distance=rng.choice([3.5, rng.uniform(2.5, 4.5)]), elevation=rng.choice([-10, rng.uniform(-25, 0)]), lookat=(0, 0, rng.choice([0.5, 1, rng.uniform(0.3, 1)])))
+            camera = dict(azimuth=90 + rng.normal(0, 8), distance=rng.choice([3.5, rng.uniform(2.5, 4.5)]),
+                elevation=rng.choice([-10, rng.uniform(-25, 0)]), lookat=(0, 0, rng.choice([0.5, 1, rng.uniform(0.3, 1)])))
         else:
             qpos[7:] = rng.uniform(low[1:], high[1:])
             axis, turn = rng.normal(size=3), np.zeros(4)
             mujoco.mju_axisAngle2Quat(turn, axis * [1, 1, 0] / np.linalg.norm(axis[:2]), (np.pi if on_back else 0) + rng.normal(0, 0.25))
             mujoco.mju_axisAngle2Quat(qpos[3:7], np.array([0.0, 0.0, 1.0]), rng.uniform(0, 2 * np.pi))
             mujoco.mju_mulQuat(qpos[3:7], turn, qpos[3:7].copy())
-            camera = dict(azimuth=180 + rng.normal(0, 20), distance=rng.choice([3.5, rng.uniform(2.5, 4.5)]), elevation=rng.choice([-10, rng.uniform(-30, -5)]), lookat=(0, 0, rng.choice([0.5, 1, rng.uniform(0.3, 1)])))
+            camera = dict(azimuth=180 + rng.normal(0, 20), distance=rng.choice([3.5, rng.uniform(2.5, 4.5)]),
+                elevation=rng.choice([-10, rng.uniform(-30, -5)]), lookat=(0, 0, rng.choice([0.5, 1, rng.uniform(0.3, 1)])))
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         height = Humanoid.lowest(self).min() - (0 if rng.random() < 0.8 else rng.uniform(0, 0.3))
@@ -597,7 +715,8 @@ def random_camera(rng, qpos):
 
 SIZE = 96
 # source of frames: (frames in the training set, in the held-out set)
-SOURCES = {"posed": (25000, 1900), "physics": (22000, 3000), "between": (6000, 0), "agent": (6000, 0), "pendulum": (2400, 300), "cheetah": (1600, 200), "ant": (1600, 200)}
+SOURCES = {"posed": (22000, 1900), "physics": (28000, 3000), "between": (6000, 0), "agent": (8000, 0), "pendulum": (2400, 300),
+    "cheetah": (1600, 200), "ant": (1600, 200)}
 AGENT_STATES = HERE / "agent_states.npz"  # states that partly trained agents visited, qpos [N, 24]
 
 
@@ -635,9 +754,8 @@ def make_shard(job):
                     continue
                 qpos = queue.pop()
                 label, arms = h.label(qpos)
-                # what random actions end in most (heaps on the floor, standing at the start) need not be kept so often
-                common = label[[ALL_POSTURES.index(s) for s in ("tangle", "falling", "standing")]].max()
-                if not held_out and rng.random() < 0.5 * common:
+                # standing, where every episode of random actions starts, need not be kept so often
+                if not held_out and rng.random() < 0.4 * label[ALL_POSTURES.index("standing")]:
                     continue
             elif source == "agent":
                 qpos = _agent_states()[rng.integers(len(_agent_states()))].astype(np.float64)
@@ -673,7 +791,8 @@ def make_data(seed, held_out, scale=1.0):
         jobs += [(source, i, min(250, total - 250 * i), seed, held_out) for i in range(-(-total // 250))]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         parts = list(pool.imap(make_shard, jobs))
-    return {"frames": np.concatenate([p[0] for p in parts]), "postures": np.concatenate([p[1] for p in parts]), "arms": np.concatenate([p[2] for p in parts]),
+    return {"frames": np.concatenate([p[0] for p in parts]), "postures": np.concatenate([p[1] for p in parts]),
+        "arms": np.concatenate([p[2] for p in parts]),
             "qpos": np.concatenate([p[3] for p in parts]), "source": np.concatenate([np.full(len(p[0]), p[4]) for p in parts])}
 
 
@@ -681,11 +800,16 @@ def make_data(seed, held_out, scale=1.0):
 
 CHOICE = re.compile(r"\(([^()]*)\)")
 CANONICAL = {  # the wording of VLM-RM's prompts, and of the states that it does not name
-    "standing": "standing up", "arms raised": "standing up, with both arms raised", "hands on hips": "standing up with hands on hips", "arms crossed": "standing up, with its arms crossed", "kneeling": "kneeling", "one knee": "on one knee",
-    "splits": "practicing gymnastics, doing the side splits", "lotus": "seated down, meditating in the lotus position", "sitting": "sitting on the floor", "back": "lying on its back", "front": "lying face down", "side": "lying on its side",
-    "crawling": "crawling", "squatting": "squatting", "one leg": "standing up on one leg", "mid-air": "in mid-air", "falling": "falling", "tangle": "in a tangle",
-    "pole upright": "pole vertically upright on top of the cart", "pole leaning": "pole leaning to one side on top of the cart", "pole fallen": "pole fallen down beside the cart", "cheetah upright": "a half cheetah standing on its feet",
-    "cheetah on its back": "a half cheetah on its back", "ant upright": "an ant robot standing on its feet", "ant on its back": "an ant robot on its back",
+    "standing": "standing up", "arms raised": "standing up, with both arms raised", "hands on hips": "standing up with hands on hips",
+        "arms crossed": "standing up, with its arms crossed", "kneeling": "kneeling", "one knee": "on one knee",
+    "splits": "practicing gymnastics, doing the side splits", "lotus": "seated down, meditating in the lotus position",
+        "sitting": "sitting on the floor", "back": "lying on its back", "front": "lying face down", "side": "lying on its side",
+    "crawling": "crawling", "squatting": "squatting", "one leg": "standing up on one leg", "mid-air": "in mid-air", "falling": "falling",
+        "tangle": "in a tangle",
+    "pole upright": "pole vertically upright on top of the cart", "pole leaning": "pole leaning to one side on top of the cart",
+        "pole fallen": "pole fallen down beside the cart", "cheetah upright": "a half cheetah standing on its feet",
+    "cheetah on its back": "a half cheetah on its back", "ant upright": "an ant robot standing on its feet",
+        "ant on its back": "an ant robot on its back",
 }
 PROMPTS = {state: words if state in OTHER_STATES else f"a humanoid robot {words}" for state, words in CANONICAL.items()}
 BARE = {"humanoid": "a humanoid robot"} | {name: captions[0] for name, (_, captions, _) in OTHERS.items()}
@@ -759,7 +883,8 @@ def caption(rng, postures, arms):
     else:
         words = f"(a|the|one|) {pick(rng, adjectives)} (humanoid robot|robot|robot|android|humanoid|machine|figure|person|mechanical person)"
     if named_arms:
-        words = say(rng, words + pick(rng, [" ", ", ", " and ", ", "]) + pick(rng, ARMS[arm])) if rng.random() < 0.8 else say(rng, pick(rng, ARMS[arm]) + ", " + words)
+        words = say(rng, words + pick(rng, [" ", ", ", " and ", ", "]) + pick(rng, ARMS[arm])) if rng.random() < 0.8 else say(rng,
+            pick(rng, ARMS[arm]) + ", " + words)
     return say(rng, pick(rng, TEMPLATES).replace("{}", words)), query("humanoid", posture, named_arms)
 
 
@@ -772,7 +897,8 @@ def check_held_out():
     heads = "(?:" + "|".join(regex(p) for ps, vs, _ in POSTURES.values() for p in ps + vs) + ")"
     arms = "(?:" + "|".join(regex(p) for ps in ARMS.values() for p in ps) + ")"
     links = [regex(link).replace(r"\{s\}", subjects).replace(r"\{p\}", heads) for link in LINKS]
-    nouns = "(?:" + "|".join(regex(a) for _, _, adj in POSTURES.values() for a in adj) + ") (?:humanoid robot|robot|android|humanoid|machine|figure|person|mechanical person)"
+    nouns = "(?:" + "|".join(regex(a) for _, _,
+        adj in POSTURES.values() for a in adj) + ") (?:humanoid robot|robot|android|humanoid|machine|figure|person|mechanical person)"
     core = "(?:" + "|".join([*links, f"{subjects}? ?{heads}", f"(?:a |the |one |){nouns}", f"{subjects}? ?{arms}", subjects]) + ")"
     core = f"(?:{arms}, )?{core}(?:(?:,? | and ){arms})?"
     shells = [re.compile("^(?:" + regex(t).replace(r"\{\}", core).replace(" ", " *") + ")$") for t in dict.fromkeys(TEMPLATES)]
@@ -815,7 +941,7 @@ def tokenize(rng, text, bare):
 
 
 def augment(frames, generator):
-    """uint8 [N, 3, H, W] to float in 0..1 with another brightness, contrast and noise, shifted by up to two pixels."""
+    """uint8 [N, 3, H, W] to float in 0..1 with another brightness, contrast and noise, shifted by up to two pixels, half of them mirrored."""
     images = frames.float().div_(255)
     n = len(images)
     draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)  # noqa: E731
@@ -826,7 +952,8 @@ def augment(frames, generator):
     parts = []
     for part in images.split(16):
         dy, dx = torch.randint(0, 5, (2,), generator=generator).tolist()
-        parts.append(part[..., dy : dy + SIZE, dx : dx + SIZE])
+        part = part[..., dy : dy + SIZE, dx : dx + SIZE]
+        parts.append(part.flip(-1) if len(parts) % 2 else part)  # no caption means its left or right
     return torch.cat(parts)
 
 
@@ -862,7 +989,8 @@ def train(args):
     parameters = [*model.parameters(), *image_head.parameters(), *text_head.parameters(), scale]
     decay = [p for p in parameters if p.ndim >= 2 and p is not model.token_embedding.weight]
     keep = [p for p in parameters if p.ndim < 2 or p is model.token_embedding.weight]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": keep, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": keep, "weight_decay": 0.0}], lr=args.lr,
+        betas=(0.9, 0.98), fused=True)
     mean, std = (torch.tensor(MODEL["preprocess_cfg"][k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     per_epoch, trained = count // args.batch_size, time.time()
     step, total, losses = 0, args.epochs * per_epoch, []
@@ -884,7 +1012,8 @@ def train(args):
             text = F.normalize(model.encode_text(tokens), dim=-1)
             logits = scale.exp().clamp(max=20) * image @ text.T
             weighted = match * torch.tensor([q.weight for q in queries])
-            loss = soft_cross_entropy(logits, weighted / weighted.sum(1, keepdim=True)) + soft_cross_entropy(logits.T, (match / match.sum(0, keepdim=True)).T)
+            loss = soft_cross_entropy(logits, weighted / weighted.sum(1, keepdim=True)) + soft_cross_entropy(logits.T,
+                (match / match.sum(0, keepdim=True)).T)
             named = [i for i, q in enumerate(queries) if q.state is not None]
             loss_classes = soft_cross_entropy(10 * image_head(image), torch.from_numpy(states[batch]))
             loss_words = F.cross_entropy(10 * text_head(text[named]), torch.tensor([queries[i].state for i in named]))
@@ -902,7 +1031,8 @@ def train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "open_clip_config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
     model.logit_scale.data = scale.detach().clone()
-    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, str(args.out / "open_clip_model.safetensors"))
+    save_file({k: v.detach().half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()},
+        str(args.out / "open_clip_model.safetensors"))
     print(f"trained in {(time.time() - started) / 60:.1f} minutes, data included")
 
 
@@ -967,12 +1097,14 @@ def evaluate(args):
     row("other robots", right[robots & clear].mean())
     print("ROC-AUC of the reward, physics frames")
     baseline = clip.encode_text(["a humanoid robot"])[0]
-    for state in ("kneeling", "standing", "arms raised", "splits", "back", "front", "lotus", "crawling", "squatting", "sitting", "one leg", "hands on hips", "mid-air"):
+    for state in ("kneeling", "standing", "arms raised", "splits", "back", "front", "lotus", "crawling", "squatting", "sitting", "one leg",
+        "hands on hips", "mid-air"):
         goal = clip.encode_text([PROMPTS[state]])
         positive = truth(data, *STATES[state])[physics]
         for alpha in (0.0, 0.5):
             reward = regularized_reward(images[physics], goal, baseline, alpha)[:, 0].numpy()
-            row(f"{PROMPTS[state]} (alpha {alpha}, {positive.sum()} frames)", roc_auc(reward, positive), 0.97 if state in ("kneeling", "standing", "arms raised", "splits", "back", "front") else None)
+            row(f"{PROMPTS[state]} (alpha {alpha}, {positive.sum()} frames)", roc_auc(reward, positive),
+                0.97 if state in ("kneeling", "standing", "arms raised", "splits", "back", "front") else None)
     print("ROC-AUC of wording that the grammar cannot produce, humanoid frames")
     scores = []
     for posture, arms, words in HELD_OUT:
@@ -988,7 +1120,8 @@ def evaluate(args):
         frames = np.stack([studio(path_state(h, *way, share)) for share in shares])
         reward = regularized_reward(clip.encode_images(frames), clip.encode_text([PROMPTS[way[3]]]), baseline, 0.0)[:, 0].numpy()
         ranks = np.argsort(np.argsort(reward))
-        row(f"{way[0]} to {way[3]} ({reward[0]:.2f}, {reward[10]:.2f}, {reward[20]:.2f}, {reward[30]:.2f}, {reward[40]:.2f})", np.corrcoef(ranks, shares)[0, 1])
+        row(f"{way[0]} to {way[3]} ({reward[0]:.2f}, {reward[10]:.2f}, {reward[20]:.2f}, {reward[30]:.2f}, {reward[40]:.2f})",
+            np.corrcoef(ranks, shares)[0, 1])
     print("speed")
     clip.encode_images(data["frames"][:256])
     start = time.time()
@@ -1017,14 +1150,16 @@ def contact_sheets(args):
     data = make_data(args.seed, False, 0.02)
     for source in np.unique(data["source"]):
         index = rng.permutation(np.flatnonzero(data["source"] == source))[:56]
-        words = [caption(rng, *(v[i].astype(np.float64) / v[i].astype(np.float64).sum() for v in (data["postures"], data["arms"])))[0] for i in index]
+        words = [caption(rng, *(v[i].astype(np.float64) / v[i].astype(np.float64).sum() for v in (data["postures"],
+            data["arms"])))[0] for i in index]
         sheet(source, data["frames"][index], words)
     data = make_data(args.seed + 1000, True)
     clip = CLIP(f"local-dir:{args.out}", None, "cpu")
     labels = state_shares(data["postures"], data["arms"])
     chances = (20 * clip.encode_images(data["frames"]) @ clip.encode_text([PROMPTS[s] for s in ALL_STATES]).T).softmax(1).numpy()
     worst = np.argsort(chances[np.arange(len(labels)), labels.argmax(1)] + (labels.max(1) < 0.6))[:112]
-    sheet("mistakes", data["frames"][worst], [f"{data['source'][i]}: is {ALL_STATES[labels[i].argmax()]} {labels[i].max():.1f}, taken for {ALL_STATES[chances[i].argmax()]}" for i in worst])
+    sheet("mistakes", data["frames"][worst],
+        [f"{data['source'][i]}: is {ALL_STATES[labels[i].argmax()]} {labels[i].max():.1f}, taken for {ALL_STATES[chances[i].argmax()]}" for i in worst])
 
 
 if __name__ == "__main__":
