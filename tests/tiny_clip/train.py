@@ -953,7 +953,7 @@ def augment(frames, generator):
     for part in images.split(16):
         dy, dx = torch.randint(0, 5, (2,), generator=generator).tolist()
         part = part[..., dy : dy + SIZE, dx : dx + SIZE]
-        parts.append(part.flip(-1) if len(parts) % 2 else part)  # no caption means its left or right
+        parts.append(part.flip(-1) if len(parts) % 2 else part)  # left and right are said, but never meant
     return torch.cat(parts)
 
 
