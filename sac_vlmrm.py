@@ -16,6 +16,7 @@ as VLM-RM. The defaults are its humanoid settings.
 #     "torch==2.15.0",
 #     "torchvision==0.29.2",
 #     "open_clip_torch==3.3.0",
+#     "huggingface_hub==2.4.0",
 #     "gymnasium==1.4.0",
 #     "mujoco==4.0.0",
 #     "tyro==1.0.17",
@@ -769,6 +770,24 @@ def write_video(path, frames, rewards, fps=30):
 # ---------------------------------------------------------------- training
 
 
+@contextlib.contextmanager
+def stop_signals():
+    """Context of a list for the first SIGINT or SIGTERM, which ends a run with a checkpoint; the second ends it at once."""
+    received = []
+
+    def receive(number, _):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def check_args(args):
     """Ends the program over flags that cannot work, before anything slow starts."""
     for name in ("total_timesteps", "num_envs", "episode_length", "batch_size", "buffer_size", "clip_batch_size",
@@ -815,7 +834,7 @@ def train(args):
     else:
         clip_size = 224
     # Workers start before CUDA or a model is up, so that they can be forked.
-    with make_envs(args, args.render_size or clip_size) as envs:
+    with make_envs(args, args.render_size or clip_size) as envs, stop_signals() as stopped_by:
         state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
 
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
@@ -866,16 +885,6 @@ def train(args):
             except OSError as error:
                 raise RunError(f"cannot write to {run_dir}: {error.strerror}") from None
 
-        # The first signal ends the run with a checkpoint, the second at once.
-        stopped_by = []
-
-        def stop(number, _):
-            if stopped_by:
-                os._exit(128 + number)
-            stopped_by.append(number)
-
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
         # A phase is one episode of every environment. Arrays are [T, N, ...].
         shape = (args.episode_length, args.num_envs)
         phase_frames = args.episode_length * args.num_envs
@@ -913,7 +922,7 @@ def train(args):
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.episode_length - 1:  # only with --early-termination
-                    seeds = episode_seeds(args.seed, 0, global_step, t, n=args.num_envs)
+                    seeds = episode_seeds(args.seed, 0, global_step, t + 1, n=args.num_envs)
                     state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
             if stopped_by:
                 break  # the phase is dropped: nothing has learned from it yet
@@ -947,7 +956,7 @@ def train(args):
                 raise RunError(f"a loss is not finite at frame {global_step}: {losses}; try a lower --learning-rate")
             clock.append(time.perf_counter())
 
-            episodes = ended[:-1].sum() + args.num_envs  # every episode of a phase starts and ends in it
+            episodes = ended[:-1].sum() + args.num_envs  # those that the end of the phase cuts short count as well
             charts = {"charts/env_return": env_rewards.sum() / episodes, "charts/episodic_length": phase_frames / episodes}
             if score:
                 charts["charts/clip_return"] = rewards.sum() / episodes
@@ -999,8 +1008,6 @@ def train(args):
         if stopped_by:
             save("checkpoint.pt")
         writer.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if stopped_by:
         print(f"stopped at frame {global_step}; go on with --resume {run_dir}", file=sys.stderr)
         sys.exit(128 + stopped_by[0])
@@ -1027,7 +1034,7 @@ def parse_args():
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     except (OSError, ValueError, TypeError) as error:
         fail(f"--resume {args.resume}: no run of this script is there ({error})")
-    args = tyro.cli(Args, default=replace(saved, resume=args.resume))
+    args = tyro.cli(Args, default=replace(saved, resume=args.resume, run_dir=None))
     changed = [f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})" for name, value in asdict(args).items()
                if name not in CHANGEABLE and value != getattr(saved, name)]
     if changed:

@@ -190,7 +190,7 @@ def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
 
     def poisoned(self, batch):
         calls.append(1)
-        batch["rewards"] *= float("nan") if len(calls) > 25 else 1.0
+        batch["rewards"] *= float("nan") if len(calls) > 35 else 1.0
         return update(self, batch)
 
     monkeypatch.setattr(sac_vlmrm.SAC, "update", poisoned)

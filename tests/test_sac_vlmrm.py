@@ -29,6 +29,9 @@ TINY_RUN = dict(clip=TINY_CLIP, num_envs=2, episode_length=10, learning_starts=4
                 total_timesteps=80, eval_every=10**9, eval_episodes=2, video=False, device="cpu")  # fmt: skip
 
 
+GOLDEN = [0.0, 0.0, 0.0]  # rewards of kneeling.png for "a humanoid robot kneeling", at alpha 0, 0.5 and 1
+
+
 @pytest.fixture(scope="module")
 def clip():
     return CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
@@ -342,9 +345,6 @@ def load(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
-GOLDEN = [0.0, 0.0, 0.0]
-
-
 def test_same_seed_same_numbers(tmp_path):
     runs = [sac_vlmrm.train(Args(**TINY_RUN, seed=seed, run_dir=tmp_path / str(i))) for i, seed in enumerate((1, 1, 2))]
     a, b, c = (load(r)["agent"] for r in runs)
@@ -385,6 +385,21 @@ def test_command_line_run_leaves_checkpoint_events_video_and_rollout(tmp_path, c
     frames = render("Humanoid-v5", list(rollout["qpos"][1]))
     again = regularized_reward(clip.encode_images(frames), goal, baseline[0], 0.0)
     np.testing.assert_allclose(again[:, 0], rollout["clip_rewards"][1], atol=1e-4)
+
+
+def test_learning_from_a_sentence_beats_the_random_policy(tmp_path):
+    """A pendulum is balanced within 4,000 frames; nobody told it that this is what is wanted but the prompt."""
+    result = run("--env-id", "InvertedPendulum-v5", "--goal", "pole vertically upright on top of the cart", "--baseline",
+                 "pole and cart", "--alpha", 0.5, "--clip", TINY_CLIP, "--camera-azimuth", 90, "--camera-distance", 3,
+                 "--camera-lookat", 0, 0, 0.3, "--episode-length", 50, "--num-envs", 4, "--total-timesteps", 4000,
+                 "--learning-starts", 1000, "--updates-per-frame", 0.5, "--batch-size", 128, "--learning-rate", 1e-3,
+                 "--ent-coef", 0.1, "--run-dir", tmp_path / "run")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    logged = scalars(tmp_path / "run")
+    clip_returns, balanced = ([value for _, value in logged[f"charts/{name}_return"]] for name in ("clip", "env"))
+    random, learned = np.mean(clip_returns[:5]), np.mean(clip_returns[-5:])  # the first five phases act at random
+    assert learned > random + 5 * np.std(clip_returns[:5]) and learned > 1.25 * random, clip_returns
+    assert np.mean(balanced[-5:]) > 3 * np.mean(balanced[:5]), balanced  # and the environment agrees
 
 
 def test_an_environment_that_is_not_mujoco_is_rendered_and_resized(tmp_path):
@@ -437,6 +452,30 @@ def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path):
     assert len(lines) == 1 and named in lines[0] and "Traceback" not in result.stderr, result.stderr
 
 
+def test_weights_of_another_model_are_one_line(tmp_path):
+    config = json.loads((Path(TINY_CLIP) / "open_clip_config.json").read_text())
+    config["model_cfg"]["embed_dim"] = 64
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "open_clip_model.safetensors").symlink_to(Path(TINY_CLIP) / "open_clip_model.safetensors")
+    result = run("--clip", tmp_path, "--num-envs", 1, "--run-dir", tmp_path / "run")
+    assert result.returncode == 2 and "do not load" in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_environment_without_frames_is_one_line(tmp_path):
+    (tmp_path / "blind.py").write_text(
+        "import gymnasium as gym\n"
+        "class Blind(gym.Env):\n"
+        "    action_space = observation_space = gym.spaces.Box(-1, 1, (2,))\n"
+        "    def __init__(self, render_mode=None): pass\n"
+        "gym.register('Blind-v0', Blind)\n"
+    )
+    flags = ("--env-id", "blind:Blind-v0", "--clip", TINY_CLIP, "--run-dir", tmp_path / "run")
+    result = run(*flags, env={"PYTHONPATH": str(tmp_path)})
+    lines = [line for line in result.stderr.splitlines() if "warn" not in line.lower()]
+    assert result.returncode == 2 and len(lines) == 1 and "rgb_array" in lines[0], result.stderr
+
+
 def test_without_egl_one_line_names_the_package(tmp_path):
     (tmp_path / "mujoco.py").write_text("raise AttributeError(\"'NoneType' object has no attribute 'eglQueryString'\")")
     result = run("--help", env={"PYTHONPATH": str(tmp_path)})
@@ -446,7 +485,7 @@ def test_without_egl_one_line_names_the_package(tmp_path):
 def test_weights_that_do_not_load_are_never_used(tmp_path):
     config = json.loads((Path(TINY_CLIP) / "open_clip_config.json").read_text())
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # a config without weights
         sac_vlmrm.resolve_clip(str(tmp_path), None)
     with pytest.raises(RuntimeError):
         CLIP(f"local-dir:{tmp_path}", None, "cpu")
