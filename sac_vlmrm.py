@@ -1,9 +1,9 @@
 """VLM-RM in one file: SAC learns a task from a sentence, with a CLIP model as the reward function.
 
-Episodes are collected in parallel rendered environments, one batched CLIP pass scores every frame by how well it matches
-`--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of Rocamonde et al.,
-"Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv 2310.12921), cited below
-as VLM-RM. The defaults are its humanoid settings.
+Episodes are collected in parallel rendered environments, one batched CLIP pass scores every frame by how well it
+matches `--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of Rocamonde
+et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv 2310.12921),
+cited below as VLM-RM. The defaults are its humanoid settings.
 
     python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
     python sac_vlmrm.py --goal "a humanoid robot standing up, with both arms raised" --clip ViT-bigG-14 --seed 2
@@ -165,8 +165,8 @@ class Args:
 
 
 # What may differ when a run is resumed, since no number that is trained on depends on it.
-CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "video",
-              "track", "clip_batch_size")
+CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
+              "video", "track", "clip_batch_size")
 
 
 class RunError(Exception):
@@ -247,7 +247,7 @@ def resolve_clip(clip, pretrained):
 
 
 def check_prompts(name, prompts):
-    """Ends the program over prompts that are longer than the context of a CLIP model, whose tokenizer would cut them."""
+    """Ends the program over prompts that are longer than a CLIP model's context, whose tokenizer would cut them."""
     tokenizer = open_clip.get_tokenizer(name)
     for prompt in prompts:
         words = prompt.split()
@@ -404,8 +404,8 @@ class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; actions
-    are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` holds the keywords
-    of SceneRenderer.
+    are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` is what
+    SceneRenderer takes.
     """
 
     def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
@@ -437,7 +437,7 @@ class RenderedEnv(gym.Wrapper):
 
     def step(self, action):
         try:
-            state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling them costs time
+            state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling costs time
         except Exception as error:
             raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
         return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
@@ -669,7 +669,7 @@ class ReplayBuffer:
         return batch | {name: batch[name].squeeze(1) for name in ("rewards", "terminated")}
 
     def save(self, path):
-        """Writes the rows that are new since the last call, at most `capacity`, to a file: a ring of twice the capacity.
+        """Writes the rows that are new since the last call, at most `capacity`, to a ring of twice the capacity.
 
         So a checkpoint costs what is new, not the buffer, and never overwrites a row that the checkpoint before needs.
         """
@@ -685,7 +685,7 @@ class ReplayBuffer:
             os.fsync(file.fileno())
 
     def load(self, path, total):
-        """Reads the buffer as it was when it had been given `total` rows. Raises ValueError if the file is too short."""
+        """Reads the buffer as it was when it had been given `total` rows; ValueError if the file is too short."""
         width, index = sum(self.widths), np.arange(max(0, total - self.capacity), total)
         if total:
             ring = np.memmap(path, np.float32, "r")
@@ -747,7 +747,8 @@ def evaluate(envs, policy, score, episodes, episode_length, seed):
         if score:
             clip_rewards = score(pixels.reshape(-1, *pixels.shape[2:])).reshape(steps["alive"].shape)
             steps["clip_rewards"] = clip_rewards * steps["alive"]
-        frames = pixels[0] if start == 0 else frames
+        if start == 0:
+            frames = pixels[0]
         rounds.append(steps)
     result = {name: np.concatenate([steps[name] for steps in rounds])[:episodes] for name in rounds[0]}
     return {**result, "lengths": result.pop("alive").sum(1), "frames": frames}
@@ -772,7 +773,7 @@ def write_video(path, frames, rewards, fps=30):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context of a list for the first SIGINT or SIGTERM, which ends a run with a checkpoint; the second ends it at once."""
+    """Context of a list for the first SIGINT or SIGTERM, to end with a checkpoint; the second ends the run at once."""
     received = []
 
     def receive(number, _):
@@ -928,7 +929,7 @@ def train(args):
                 break  # the phase is dropped: nothing has learned from it yet
             if not np.isfinite(next_states).all():
                 t, n = np.argwhere(~np.isfinite(next_states))[0, :2]
-                raise RunError(f"environment {n} diverged: its state is not finite {t + 1} steps after frame {global_step}")
+                raise RunError(f"environment {n} diverged: a state is not finite {t + 1} steps after frame {global_step}")
             global_step += phase_frames
             clock.append(time.perf_counter())
 
@@ -941,8 +942,8 @@ def train(args):
             clock.append(time.perf_counter())
 
             # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual (lines 13 to 15)
-            labelled = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
-            labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in labelled.items()}
+            arrays = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
+            labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in arrays.items()}
             buffer.add(**labelled)
             if args.normalize_obs:
                 agent.normalizer.update(labelled["states"].to(device))
@@ -957,7 +958,8 @@ def train(args):
             clock.append(time.perf_counter())
 
             episodes = ended[:-1].sum() + args.num_envs  # those that the end of the phase cuts short count as well
-            charts = {"charts/env_return": env_rewards.sum() / episodes, "charts/episodic_length": phase_frames / episodes}
+            charts = {"charts/env_return": env_rewards.sum() / episodes,
+                      "charts/episodic_length": phase_frames / episodes}
             if score:
                 charts["charts/clip_return"] = rewards.sum() / episodes
                 if previous_step == 0:
@@ -1019,13 +1021,13 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
         advice = ("a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs")
-        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
-                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
+        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to"
+                   f" label frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
                    file=sys.stderr)
 
 
 def parse_args():
-    """The command line's flags. With --resume they are the run's own, but for those of CHANGEABLE that are given anew."""
+    """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
     args = tyro.cli(Args)
     if args.resume is None:
         return args
@@ -1035,8 +1037,8 @@ def parse_args():
     except (OSError, ValueError, TypeError) as error:
         fail(f"--resume {args.resume}: no run of this script is there ({error})")
     args = tyro.cli(Args, default=replace(saved, resume=args.resume, run_dir=None))
-    changed = [f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})" for name, value in asdict(args).items()
-               if name not in CHANGEABLE and value != getattr(saved, name)]
+    changed = [f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})"
+               for name, value in asdict(args).items() if name not in CHANGEABLE and value != getattr(saved, name)]
     if changed:
         fail(f"--resume {args.resume}: a run can't go on with other flags: {', '.join(changed)}")
     return args

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import tyro  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 @dataclass
@@ -47,6 +47,12 @@ class Args:
     """passes over the data"""
     batch_size: int = 128
     """pairs in a batch"""
+    second_round: bool = True
+    """after the training, go on with the states that SAC agents visited while they learned from its reward"""
+    second_round_only: bool = False
+    """go on from the weights in --out, as the second round does"""
+    second_steps: int = 1000
+    """batches of the second round"""
     lr: float = 2e-3
     """AdamW's highest learning rate; warmed up, then a cosine to zero"""
     data_scale: float = 1.0
@@ -715,9 +721,12 @@ def random_camera(rng, qpos):
 
 SIZE = 96
 # source of frames: (frames in the training set, in the held-out set)
-SOURCES = {"posed": (22000, 1900), "physics": (28000, 3000), "between": (6000, 0), "agent": (8000, 0), "pendulum": (2400, 300),
+SOURCES = {"posed": (22000, 1900), "physics": (28000, 3000), "between": (6000, 0), "agent": (8000, 0), "sac": (0, 0), "pendulum": (2400, 300),
     "cheetah": (1600, 200), "ant": (1600, 200)}
-AGENT_STATES = HERE / "agent_states.npz"  # states that partly trained agents visited, qpos [N, 24]
+SECOND_ROUND = {"sac": (28000, 0)}
+# States of the humanoid [N, 24]: "qpos" by a search that climbed the reward of an earlier version, "qpos_sac" by two SAC agents
+# in the deterministic episodes of their training on the reward of the first round, all the way from random to kneeling.
+AGENT_STATES = HERE / "agent_states.npz"
 
 
 def make_shard(job):
@@ -758,11 +767,20 @@ def make_shard(job):
                 if not held_out and rng.random() < 0.4 * label[ALL_POSTURES.index("standing")]:
                     continue
             elif source == "agent":
-                qpos = _agent_states()[rng.integers(len(_agent_states()))].astype(np.float64)
+                qpos = _agent_states("qpos")[rng.integers(len(_agent_states("qpos")))].astype(np.float64)
+                label, arms = h.label(qpos)
+            elif source == "sac":
+                states_visited = _agent_states("qpos_sac")
+                qpos = states_visited[(index * 250 + len(frames)) % len(states_visited)].astype(np.float64)
+                if index * 250 >= len(states_visited):  # the second time round a little off, to both sides of each boundary
+                    qpos[2] += rng.normal(0, 0.03)
+                    qpos[7:] += np.deg2rad(rng.normal(0, 4, len(qpos) - 7))
                 label, arms = h.label(qpos)
             else:
                 qpos, label, arms = between(h, rng, held_out)
             camera = random_camera(rng, qpos)
+            if source == "sac" and rng.random() < 0.75:
+                camera = {}
             frames.append(studio(rng, qpos, camera))
             labels.append(label), arm_labels.append(arms), states.append(qpos)
     return np.stack(frames), np.stack(labels), np.stack(arm_labels), np.array(states, np.float32), source
@@ -779,14 +797,14 @@ def _studio(xml):
 
 
 @functools.cache
-def _agent_states():
-    return np.load(AGENT_STATES)["qpos"]
+def _agent_states(key):
+    return np.load(AGENT_STATES)[key]
 
 
-def make_data(seed, held_out, scale=1.0):
+def make_data(seed, held_out, scale=1.0, sources=SOURCES):
     """All frames with their labels, from two processes that are forked before this one opens OpenGL."""
     jobs = []
-    for source, counts in SOURCES.items():
+    for source, counts in sources.items():
         total = int(counts[held_out] * scale) if source != "agent" or AGENT_STATES.exists() else 0
         jobs += [(source, i, min(250, total - 250 * i), seed, held_out) for i in range(-(-total // 250))]
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -940,18 +958,18 @@ def tokenize(rng, text, bare):
     return tokens + [0] * (CONTEXT - len(tokens))
 
 
-def augment(frames, generator):
-    """uint8 [N, 3, H, W] to float in 0..1 with another brightness, contrast and noise, shifted by up to two pixels, half of them mirrored."""
+def augment(frames, generator, shift=2):
+    """uint8 [N, 3, H, W] to float in 0..1 with another brightness, contrast and noise, shifted by up to `shift` pixels, half of them mirrored."""
     images = frames.float().div_(255)
     n = len(images)
     draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)  # noqa: E731
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * draw(0.8, 1.2) + mean * draw(0.85, 1.15)
     images += torch.randn(images.shape, generator=generator) * draw(0, 0.03)
-    images = F.pad(images, (2, 2, 2, 2), mode="replicate")
+    images = F.pad(images, (shift,) * 4, mode="replicate")
     parts = []
     for part in images.split(16):
-        dy, dx = torch.randint(0, 5, (2,), generator=generator).tolist()
+        dy, dx = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
         part = part[..., dy : dy + SIZE, dx : dx + SIZE]
         parts.append(part.flip(-1) if len(parts) % 2 else part)  # left and right are said, but never meant
     return torch.cat(parts)
@@ -961,7 +979,12 @@ def soft_cross_entropy(logits, targets):
     return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
 
-def train(args):
+def train(args, second=False):
+    """Trains from random weights on all data, or, the second time, from the weights in --out with SAC's states as half of each batch.
+
+    A pixel is 3 cm, and what an agent that kneels gets wrong is a knee 5 cm above the floor: so the second round does not shift
+    the frames, and three quarters of SAC's states are seen by the default camera alone, as they are in training.
+    """
     started = time.time()
     check_held_out()
     if args.cache and args.cache.exists():
@@ -970,6 +993,9 @@ def train(args):
         data = make_data(args.seed, False, args.data_scale)
         if args.cache:
             np.savez(args.cache, **data)
+    if second:
+        more = make_data(args.seed, False, args.data_scale, SECOND_ROUND)
+        data = {name: np.concatenate([data[name], more[name]]) for name in more}
     count = len(data["frames"])
     print(f"{count} frames in {time.time() - started:.0f} s")
     torch.set_num_threads(2)
@@ -983,9 +1009,11 @@ def train(args):
     states = state_shares(postures, arms)
 
     model = open_clip.model.CLIP(**MODEL["model_cfg"])
+    if second:
+        model.load_state_dict(load_file(str(args.out / "open_clip_model.safetensors")))
     model.visual.to(memory_format=torch.channels_last)
     image_head, text_head = torch.nn.Linear(128, len(ALL_STATES)), torch.nn.Linear(128, len(ALL_STATES))
-    scale = torch.nn.Parameter(torch.tensor(2.3))
+    scale = torch.nn.Parameter(model.logit_scale.detach().clone() if second else torch.tensor(2.3))
     parameters = [*model.parameters(), *image_head.parameters(), *text_head.parameters(), scale]
     decay = [p for p in parameters if p.ndim >= 2 and p is not model.token_embedding.weight]
     keep = [p for p in parameters if p.ndim < 2 or p is model.token_embedding.weight]
@@ -993,21 +1021,27 @@ def train(args):
         betas=(0.9, 0.98), fused=True)
     mean, std = (torch.tensor(MODEL["preprocess_cfg"][k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     per_epoch, trained = count // args.batch_size, time.time()
-    step, total, losses = 0, args.epochs * per_epoch, []
+    step, total, losses = 0, args.second_steps if second else args.epochs * per_epoch, []
+    peak = args.lr / 4 if second else args.lr
     model.train()
     while step < total:
         order = rng.permutation(count)
+        if second:
+            old, new = rng.permutation(np.flatnonzero(data["source"] != "sac")), rng.permutation(np.flatnonzero(data["source"] == "sac"))
+            half = min(len(old), len(new)) // 64 * 64
+            order = np.concatenate([old[:half].reshape(-1, 64), new[:half].reshape(-1, 64)], axis=1).ravel()
+            per_epoch = len(order) // args.batch_size
         for batch in order[: per_epoch * args.batch_size].reshape(per_epoch, args.batch_size):
             progress = (time.time() - trained) / (60 * args.minutes) if args.minutes else step / total
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / 200) * max(0.0, 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+                group["lr"] = peak * min(1.0, (step + 1) / 200) * max(0.0, 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
             captions = [caption(rng, postures64[i], arms64[i]) for i in batch]
             queries = [q for _, q in captions]
             tokens = torch.tensor([tokenize(rng, text, q.weight < 0.5) for text, q in captions])
             # how true caption t is of image i: [images, captions]
             match = (postures[batch] @ np.stack([q.postures for q in queries]).T) * (arms[batch] @ np.stack([q.arms for q in queries]).T)
             match = torch.from_numpy(match.astype(np.float32)) + 1e-6
-            images = (augment(frames[batch], generator) - mean) / std
+            images = (augment(frames[batch], generator, 0 if second else 2) - mean) / std
             image = F.normalize(model.visual(images.contiguous(memory_format=torch.channels_last)), dim=-1)
             text = F.normalize(model.encode_text(tokens), dim=-1)
             logits = scale.exp().clamp(max=20) * image @ text.T
@@ -1025,7 +1059,7 @@ def train(args):
             step += 1
             if step % 100 == 0:
                 print(f"step {step}/{total}, pairs, classes, words: {np.mean(losses[-100:], 0).round(3)}, scale {scale.exp().item():.1f}, {(time.time() - trained) / 60:.1f} min", flush=True)
-            if args.minutes and progress >= 1:
+            if step == total or args.minutes and progress >= 1:
                 step = total
                 break
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1168,5 +1202,8 @@ if __name__ == "__main__":
         contact_sheets(args)
     else:
         if not args.eval_only:
-            train(args)
+            if not args.second_round_only:
+                train(args)
+            if args.second_round:
+                train(args, second=True)
         sys.exit(1 if evaluate(args) else 0)
