@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sac_vlmrm  # before mujoco: it sets MUJOCO_GL where there is no display
+
 import gymnasium as gym
 import imageio
 import matplotlib
@@ -24,9 +27,6 @@ import numpy as np
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import sac_vlmrm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
