@@ -53,7 +53,7 @@ def render():
 @pytest.fixture(scope="module")
 def kneeling():
     """A committed render of the kneeling humanoid, [96, 96, 3]."""
-    return np.asarray(Image.open(ROOT / "tests" / "tiny_clip" / "kneeling.png").convert("RGB"))
+    return np.asarray(Image.open(ROOT / "tests" / "tiny_clip" / "kneeling.png").convert("RGB")).copy()
 
 
 def run(*flags, env=None):
@@ -402,10 +402,31 @@ def test_learning_from_a_sentence_beats_the_random_policy(tmp_path):
     assert np.mean(balanced[-5:]) > 3 * np.mean(balanced[:5]), balanced  # and the environment agrees
 
 
-def test_an_environment_that_is_not_mujoco_is_rendered_and_resized(tmp_path):
-    pytest.importorskip("pygame")
-    run_dir = sac_vlmrm.train(Args(**{**TINY_RUN, "env_id": "Pendulum-v1", "run_dir": tmp_path / "run", "video": True}))
-    assert load(run_dir)["global_step"] == 80 and list((run_dir / "videos").iterdir())
+def test_an_environment_that_is_not_mujoco_is_rendered_by_itself_and_resized(tmp_path):
+    (tmp_path / "slider.py").write_text(
+        "import gymnasium as gym, numpy as np\n"
+        "class Slider(gym.Env):\n"
+        "    metadata = {'render_modes': ['rgb_array']}\n"
+        "    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)\n"
+        "    observation_space = gym.spaces.Dict({'x': gym.spaces.Box(-9, 9, (1,)), 'goal': gym.spaces.Box(-9, 9, (2,))})\n"
+        "    def __init__(self, render_mode=None): self.render_mode = render_mode\n"
+        "    def look(self): return {'x': np.array([self.x], np.float32), 'goal': np.zeros(2, np.float32)}\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        self.x = 0.0\n"
+        "        return self.look(), {}\n"
+        "    def step(self, action):\n"
+        "        self.x = float(np.clip(self.x + action[0], -9, 9))\n"
+        "        return self.look(), self.x, False, False, {}\n"
+        "    def render(self): return np.full((100, 150, 3), 128 + int(10 * self.x), np.uint8)\n"
+        "gym.register('Slider-v0', Slider)\n"
+    )
+    flags = {**TINY_RUN, "env_id": "slider:Slider-v0", "run_dir": tmp_path / "run"}
+    words = [str(word) for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value) if name != "video"]
+    result = run(*words, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    rollout = np.load(tmp_path / "run" / "rollouts" / "80.npz")
+    assert load(tmp_path / "run")["global_step"] == 80 and "qpos" not in rollout
+    assert imageio.mimread(next((tmp_path / "run" / "videos").iterdir()))[0].shape == (400, 600, 3)
 
 
 def test_the_slow_run_warning_names_what_takes_the_time(capsys):
