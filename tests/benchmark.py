@@ -85,7 +85,8 @@ def main(args):
     print(f"step and render, plain Gymnasium, 480 x 480     {plain:6.0f} frames/s")
     for pixels in (480, 224, size):
         fast = ours(args, pixels)
-        print(f"step and render, this script, {pixels:3d} x {pixels:3d}         {fast:6.0f} frames/s  {fast / plain:.1f} x")
+        ratio = f"{fast / plain:.1f} x"
+        print(f"step and render, this script, {pixels:3d} x {pixels:3d}         {fast:6.0f} frames/s  {ratio}")
 
     clip = sac_vlmrm.CLIP(name, tag, device, batch_size=64)
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (512, *clip.size, 3), np.uint8))
@@ -119,6 +120,16 @@ def main(args):
     print(f"SAC, batches of {args.batch_size}                             {rate(update, 100):6.0f} updates/s")
 
     with tempfile.TemporaryDirectory() as folder:
+        settings = sac_vlmrm.Args()
+        buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, *dims, device)
+        for _ in range(settings.checkpoint_every // n):
+            buffer.add(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
+                       next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n))
+        start = time.perf_counter()
+        buffer.save(Path(folder) / "replay.bin")
+        seconds = time.perf_counter() - start
+        print(f"writing the {buffer.total} transitions that are new to a checkpoint: {seconds:.1f} s, "
+              f"{seconds / (settings.checkpoint_every / fast):.1%} of the time to collect them")
         settings = sac_vlmrm.Args(clip=args.clip, env_id=args.env_id, num_envs=args.num_envs, device=args.device)
         phase = settings.episode_length * args.num_envs
         settings = replace(settings, run_dir=Path(folder) / "run", total_timesteps=8 * phase, learning_starts=phase,

@@ -132,6 +132,13 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_no_process_left(tmp_path, ref
         assert_same_end(run_dir, reference)
 
 
+def test_a_second_signal_ends_a_run_at_once():
+    code = ("import os, sac_vlmrm\nwith sac_vlmrm.stop_signals() as received:\n"
+            "    os.kill(os.getpid(), 2)\n    print(received, flush=True)\n    os.kill(os.getpid(), 2)\n    print('late')")  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 130 and result.stdout == "[2]\n", result.stderr
+
+
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path):
     run_dir = tmp_path / "run"
     process = start(**FLAGS, run_dir=run_dir, total_timesteps=10**6)
