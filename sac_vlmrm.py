@@ -81,7 +81,7 @@ class Args:
     run_dir: Path | None = None
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
-    """go on with the run in this folder, with its flags; those in CHANGEABLE may be given anew"""
+    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be given anew"""
     total_timesteps: int = 10_000_000
     """environment frames to train for, counted over all environments"""
     eval_every: int = 128_000
@@ -89,7 +89,7 @@ class Args:
     eval_episodes: int = 8
     """deterministic episodes of an evaluation"""
     checkpoint_every: int = 128_000
-    """frames between checkpoints (VLM-RM, appendix)"""
+    """frames between checkpoints"""
     video: bool = True
     """record an episode of each evaluation"""
     track: bool = False
@@ -101,7 +101,7 @@ class Args:
     goal: str = "a humanoid robot kneeling"
     """the task, in words that describe the state to reach"""
     baseline: str = "a humanoid robot"
-    """the neutral prompt of the goal-baseline regularisation (VLM-RM, section 3)"""
+    """the neutral prompt of the goal-baseline regularisation"""
     alpha: float = 0.0
     """strength of the goal-baseline regularisation, 0 (plain cosine, the paper's humanoid setting) to 1"""
     template: tuple[str, ...] = ("{}",)
@@ -125,7 +125,7 @@ class Args:
     episode_length: int = 100
     """steps of an episode"""
     early_termination: bool = False
-    """end an episode where the environment says so; off, since termination leaks the task (VLM-RM, section 4)"""
+    """end an episode where the environment says so; off, since termination leaks the task (VLM-RM)"""
     render_size: int | None = None
     """pixels, height and width of a MuJoCo frame (default: the CLIP model's input size, so that nothing is resized)"""
     restyle: bool = True
@@ -161,10 +161,10 @@ class Args:
     ent_coef: float = 1.0
     """the entropy coefficient, or where its tuning starts"""
     normalize_obs: bool = True
-    """scale observations by running statistics: the Humanoid's contact forces are a thousand times its angles"""
+    """scale observations by their running mean and standard deviation, clipped to +-10 (the paper's code does not)"""
 
 
-# What may differ when a run is resumed, since no number that is trained on depends on it.
+# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding.
 CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
               "video", "track", "clip_batch_size")
 
@@ -183,7 +183,7 @@ def fail(message):
 
 
 def regularized_reward(frames, goals, baseline, alpha):
-    """Goal-baseline regularised reward (VLM-RM, equation 3), L being the line through baseline b and goal g:
+    """Goal-baseline regularised reward (VLM-RM), L being the line through baseline b and goal g:
 
         R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2
 
@@ -197,7 +197,7 @@ def regularized_reward(frames, goals, baseline, alpha):
 
 
 PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": "laion2b_s32b_b79k",
-                 "ViT-bigG-14": "laion2b_s39b_b160k"}  # VLM-RM, section 4.3
+                 "ViT-bigG-14": "laion2b_s39b_b160k"}  # the models that VLM-RM compares
 
 
 def resolve_clip(clip, pretrained):
@@ -229,7 +229,8 @@ def resolve_clip(clip, pretrained):
     if pretrained and not tag:
         fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
     try:  # without a network, do not let the hub retry for a minute before it looks into its cache
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+        if not name.startswith("local-dir:"):
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
     except urllib.error.HTTPError:
         pass  # it answered
     except OSError:
@@ -544,7 +545,7 @@ class RunningNorm(nn.Module):
 
 
 def mlp(inputs, outputs, hidden=256):
-    """Two hidden layers of 256 with ReLU (VLM-RM, appendix)."""
+    """Two hidden layers of 256 with ReLU, as VLM-RM has them."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
                          nn.Linear(hidden, outputs))
 
@@ -905,7 +906,7 @@ def train(args):
             np_rng = np.random.default_rng(numpy_seed)
             torch.manual_seed(torch_seed)
 
-            # COLLECT: one episode in every environment, into an unlabelled batch (algorithm 1, lines 4 to 8)
+            # COLLECT: one episode in every environment, into an unlabelled batch
             envs.set_attr("rendering", score is not None)
             state = envs.reset(seed=starts)[0]["state"].copy()
             for t in range(args.episode_length):
@@ -933,7 +934,7 @@ def train(args):
             global_step += phase_frames
             clock.append(time.perf_counter())
 
-            # LABEL: all frames of the phase in one batched CLIP pass (lines 9 to 12)
+            # LABEL: all frames of the phase in one batched CLIP pass
             rewards = env_rewards
             if score:
                 rewards = score(pixels.reshape(-1, *pixels_shape)).reshape(shape)
@@ -941,7 +942,7 @@ def train(args):
                 raise RunError(f"a reward is not finite in the {phase_frames} frames before frame {global_step}")
             clock.append(time.perf_counter())
 
-            # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual (lines 13 to 15)
+            # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual
             arrays = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
             labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in arrays.items()}
             buffer.add(**labelled)
@@ -985,7 +986,7 @@ def train(args):
                     write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
                 result |= {"env_id": args.env_id, "goal": args.goal}
                 np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", **result)
-                if shown.sum(1).mean() > best_return:  # VLM-RM also keeps the checkpoint with the highest CLIP reward
+                if shown.sum(1).mean() > best_return:  # VLM-RM judges the one with the highest *training* reward
                     best_return = float(shown.sum(1).mean())
                     save("best.pt")
             clock.append(time.perf_counter())

@@ -4,7 +4,7 @@
     python tests/success.py runs/a runs/b runs/c --gif docs/kneeling.gif --figure docs/kneeling.png
 
 A step is in the goal state when both knees are within 0.12 m of the floor, the torso is upright (its up-axis has a z
-above 0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are (VLM-RM, appendix).
+above 0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are.
 The starts differ from those of training and of its evaluations. Nothing is rendered, so this takes seconds.
 """
 
@@ -37,7 +37,7 @@ class Args:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of finished runs of sac_vlmrm.py"""
     checkpoint: str = "best.pt"
-    """the checkpoint to judge: best.pt, of the highest CLIP return in evaluation, as in the paper, or checkpoint.pt"""
+    """the checkpoint to judge: best.pt, of the highest CLIP return in evaluation, or checkpoint.pt, the last"""
     episodes: int = 100
     """deterministic episodes"""
     gif: Path | None = None

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -465,11 +464,9 @@ def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path):
         offline = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://localhost:9", "XDG_CACHE_HOME": str(tmp_path)}
     else:
         offline = None
-    start = time.time()
     result = run(*([] if "--run-dir" in flags else ["--run-dir", tmp_path / "run"]), *flags, env=offline)
-    print(f"{time.time() - start:.1f} s")
     assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if "warning" not in line.lower()]
+    lines = result.stderr.splitlines()
     assert len(lines) == 1 and named in lines[0] and "Traceback" not in result.stderr, result.stderr
 
 
