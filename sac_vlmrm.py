@@ -1,12 +1,14 @@
-"""VLM-RM in one file: SAC learns a task from a sentence, with a CLIP model as the reward function.
+"""VLM-RM in one file: SAC learns tasks from sentences, with a CLIP model as the reward function.
 
 Episodes are collected in parallel rendered environments, one batched CLIP pass scores every frame by how well it
-matches `--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of Rocamonde
-et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv 2310.12921),
-cited below as VLM-RM. The defaults are its humanoid settings.
+matches `--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of
+Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv
+2310.12921), cited below as VLM-RM. The defaults are its humanoid settings. Several goals make one language-conditioned
+policy, and `--reward binary` is the reward of Baumli et al., "Vision-Language Models as a Source of Rewards" (2023,
+arXiv 2312.09187), cited as VLM-SR.
 
     python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
-    python sac_vlmrm.py --goal "a humanoid robot standing up, with both arms raised" --clip ViT-bigG-14 --seed 2
+    python sac_vlmrm.py --goal "a humanoid robot kneeling" "a humanoid robot lying on its back" --clip ViT-bigG-14
     python sac_vlmrm.py --reward env --env-id Hopper-v5 --early-termination --episode-length 1000 --num-envs 1
 """
 
@@ -36,6 +38,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -81,7 +84,7 @@ class Args:
     run_dir: Path | None = None
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
-    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be given anew"""
+    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be changed"""
     total_timesteps: int = 10_000_000
     """environment frames to train for, counted over all environments"""
     eval_every: int = 128_000
@@ -91,23 +94,35 @@ class Args:
     checkpoint_every: int = 128_000
     """frames between checkpoints"""
     video: bool = True
-    """record an episode of each evaluation"""
+    """record an episode of each evaluation and goal"""
+    save_rollouts: bool = True
+    """save the states and rewards of each evaluation's episodes, to be rendered and judged again"""
     track: bool = False
     """mirror the TensorBoard logs to Weights & Biases (needs `pip install wandb`)"""
 
     # ---- task and prompts ----
     env_id: str = "Humanoid-v5"
     """Gymnasium id: continuous actions, `rgb_array` rendering"""
-    goal: str = "a humanoid robot kneeling"
-    """the task, in words that describe the state to reach"""
+    goal: tuple[str, ...] = ("a humanoid robot kneeling",)
+    """the task, in words that describe the state to reach; several make the policy language-conditioned (VLM-SR)"""
+    eval_goal: tuple[str, ...] = ()
+    """goals, or other words for one, that are never trained on but evaluated; with several goals only"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
     alpha: float = 0.0
     """strength of the goal-baseline regularisation, 0 (plain cosine, the paper's humanoid setting) to 1"""
     template: tuple[str, ...] = ("{}",)
     """prompt templates, "{}" is the prompt; the embeddings of several are averaged"""
-    reward: Literal["regularized", "env"] = "regularized"
-    """what is trained on: the CLIP reward, or the environment's own (which loads no CLIP and renders only videos)"""
+    reward: Literal["regularized", "binary", "env"] = "regularized"
+    """what is trained on: VLM-RM's CLIP reward, VLM-SR's, or the environment's own (no CLIP, renders only videos)"""
+    negatives: tuple[str, ...] = ()
+    """prompts that a goal competes with in the binary reward, beside the other goals"""
+    temperature: float = 0.01
+    """of the binary reward's softmax over cosines; CLIP models are trained with about 0.01"""
+    threshold: float = 0.5
+    """the binary reward is 1 where the goal's probability is above this"""
+    terminate_on_success: bool = False
+    """end an episode where the binary reward is 1 (VLM-SR); frames are then labelled at each step, which is slower"""
 
     # ---- CLIP ----
     clip: str = "ViT-L-14"
@@ -161,12 +176,17 @@ class Args:
     ent_coef: float = 1.0
     """the entropy coefficient, or where its tuning starts"""
     normalize_obs: bool = True
-    """scale observations by their running mean and standard deviation, clipped to +-10 (the paper's code does not)"""
+    """scale observations by their running mean and standard deviation, clipped to +-10; frozen in evaluation"""
+    relabel: float = 0.5
+    """with several goals, share of a batch whose goal is swapped for another one, with that goal's reward"""
 
 
 # What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding.
 CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
-              "video", "track", "clip_batch_size")
+              "video", "save_rollouts", "track", "clip_batch_size")
+MAY_BE_0 = ("seed", "learning_starts")  # whole numbers that need not be positive
+ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
+CHECKPOINT = ("global_step", "best_return", "owed_updates", "buffer_total", "agent", "optimizers")
 
 
 class RunError(Exception):
@@ -194,6 +214,20 @@ def regularized_reward(frames, goals, baseline, alpha):
     offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
     along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, as g is on L: no D x D matrix
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
+
+
+def binary_reward(frames, goals, negatives, temperature, threshold):
+    """Thresholded softmax reward of VLM-SR, T being the goals and the negatives:
+
+        p(l | o) = exp(f(o).g(l) / temperature) / sum over l' in T of exp(f(o).g(l') / temperature)
+        r = 1[p(l | o) > threshold]
+
+    Takes L2-normalised embeddings of frames f(o) [N, D], goals [G, D] and negatives [M, D], M may be 0: each goal is a
+    negative of the others. Returns 0 or 1 for every frame and goal, [N, G].
+    """
+    # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
+    logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
+    return (logits.softmax(-1)[:, : len(goals)] > threshold).float()
 
 
 PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": "laion2b_s32b_b79k",
@@ -312,6 +346,40 @@ class CLIP:
         return (images.float() / 255.0 - self.mean) / self.std
 
 
+def make_score(args, clip):
+    """Embeds the prompts and returns the reward function of `args`, with the embeddings of the goals, [G + E, D].
+
+    The function takes frames uint8 [n, H, W, 3] to rewards [n, G + E], for the G goals and then the E held-out ones,
+    all from one pass of the image encoder. Among binary rewards the goals compete with each other and the negatives,
+    and a held-out goal also with the goals that are trained on.
+    """
+    n, m = len(args.goal), len(args.goal) + len(args.eval_goal)
+    text = clip.encode_text([*args.goal, *args.eval_goal, *args.negatives, args.baseline], args.template)
+    goals, negatives, baseline = text[:m], text[m:-1], text[-1]
+
+    def score(frames):
+        embeddings = clip.encode_images(frames)
+        if args.reward == "regularized":
+            return regularized_reward(embeddings, goals, baseline, args.alpha).cpu().numpy()
+        sets = ((goals[:n], negatives), (goals[n:], torch.cat([goals[:n], negatives])))
+        rewards = [binary_reward(embeddings, *prompts, args.temperature, args.threshold) for prompts in sets]
+        return torch.cat(rewards, 1).cpu().numpy()
+
+    return score, goals
+
+
+def goal_inputs(goals, trained):
+    """What a policy sees of goals [G, D], the first `trained` of which it learns: [G, D], or [G, 0] if that is one.
+
+    Embeddings of sentences about one robot have most in common: they are centred on the mean of the trained goals and
+    scaled to a root mean square of 1, so that the networks can tell them apart.
+    """
+    if trained == 1:
+        return goals[:, :0]
+    centred = goals - goals[:trained].mean(0)
+    return centred / centred[:trained].square().mean().sqrt()
+
+
 # ---------------------------------------------------------------- the rendered environments
 
 
@@ -404,14 +472,15 @@ class SceneRenderer:
 class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
-    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; actions
-    are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` is what
+    Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
+    actions are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` is what
     SceneRenderer takes.
     """
 
     def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
         env = gym.make(env_id, render_mode="rgb_array", max_episode_steps=episode_length, disable_env_checker=True)
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        if isinstance(env.action_space, gym.spaces.Box):
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         super().__init__(gym.wrappers.FlattenObservation(env))
         self.early_termination = early_termination
         self.rendering = True  # set to False where nobody looks
@@ -452,12 +521,13 @@ class RenderedEnv(gym.Wrapper):
 def probe_environment(env_id, scene):
     """Makes and renders an environment once: the shape of its frames, or None for MuJoCo, which can have any.
 
-    Raises ValueError if its actions are not continuous and bounded, or it has no rgb_array rendering.
+    Raises ValueError if its actions are none of ACTION_SPACES or have no bounds, or it has no rgb_array rendering.
     """
     env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-    if not isinstance(env.action_space, gym.spaces.Box):
-        raise ValueError(f"SAC needs continuous actions, not {env.action_space}: choose another environment")
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+    if not isinstance(env.action_space, ACTION_SPACES):
+        needed = " or ".join(space.__name__ for space in ACTION_SPACES)
+        raise ValueError(f"this script needs actions in a {needed}, not {env.action_space}: choose another environment")
+    if isinstance(env.action_space, gym.spaces.Box) and not env.action_space.is_bounded():
         raise ValueError("its actions have no bounds: choose another environment")
     if "rgb_array" not in env.metadata.get("render_modes", []):
         raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another environment")
@@ -586,13 +656,18 @@ class Critic(nn.Module):
 
 
 class SAC(nn.Module):
-    """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905)."""
+    """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905).
 
-    def __init__(self, args, state_dim, action_dim):
+    `goals` [G, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
+    """
+
+    def __init__(self, args, state_dim, action_dim, goals=None):
         super().__init__()
         self.args, self.target_entropy = args, -float(action_dim)
         self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
-        self.actor, self.critic = Actor(state_dim, action_dim), Critic(state_dim, action_dim)
+        self.register_buffer("goals", torch.zeros(1, 0) if goals is None else goals)
+        input_dim = state_dim + self.goals.shape[1]
+        self.actor, self.critic = Actor(input_dim, action_dim), Critic(input_dim, action_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_ent_coef = nn.Parameter(torch.tensor(math.log(args.ent_coef)))
 
@@ -602,23 +677,30 @@ class SAC(nn.Module):
         self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters()),
                            "ent_coef": adam([self.log_ent_coef])}
 
+    def inputs(self, states, goals):
+        """What the networks see of raw states [B, S] and indices of goals [B]: [B, S + D]."""
+        return torch.cat([self.normalizer(states), self.goals[goals]], -1)
+
     @torch.no_grad()
-    def act(self, states, deterministic=False):
-        """Actions in [-1, 1] for a batch of raw states: numpy [N, S] to numpy [N, A]."""
-        states = self.normalizer(torch.as_tensor(states, device=self.log_ent_coef.device))
-        actions = torch.tanh(self.actor(states)[0]) if deterministic else self.actor.sample(states)[0]
+    def act(self, states, goals, deterministic=False):
+        """Actions in [-1, 1] for raw states [N, S] and goals [N] (indices): numpy to numpy [N, A]."""
+        inputs = self.inputs(*(torch.as_tensor(x, device=self.goals.device) for x in (states, goals)))
+        actions = torch.tanh(self.actor(inputs)[0]) if deterministic else self.actor.sample(inputs)[0]
         return actions.cpu().numpy()
 
     def update(self, batch):
         """One gradient step of the critics, the actor and the entropy coefficient; returns losses as 0-d tensors."""
-        states, next_states = self.normalizer(batch["states"]), self.normalizer(batch["next_states"])
+        states, next_states = (self.inputs(batch[name], batch["goals"]) for name in ("states", "next_states"))
         ent_coef = self.log_ent_coef.detach().exp()
 
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_states)
             next_q = self.critic_target(next_states, next_actions).min(0).values - ent_coef * next_log_prob
             # `terminated` is 0 at a time limit: a truncated episode is bootstrapped from its real last state.
-            target = batch["rewards"] + self.args.gamma * (1.0 - batch["terminated"]) * next_q  # [B]
+            terminated = batch["terminated"]
+            if self.args.terminate_on_success:
+                terminated = torch.maximum(terminated, batch["rewards"])  # success at the batch's goal, swapped or not
+            target = batch["rewards"] + self.args.gamma * (1.0 - terminated) * next_q  # [B]
         q = self.critic(states, batch["actions"])  # [2, B]
         critic_loss = (q - target).square().mean(1).sum()
         self.step("critic", critic_loss)
@@ -648,26 +730,37 @@ class SAC(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `capacity` labelled transitions, one row each, on the training device: sampling needs no transfer."""
+    """The last `capacity` labelled transitions, one row each, on the training device: sampling needs no transfer.
 
-    def __init__(self, capacity, state_dim, action_dim, device):
+    A row holds the transition's reward for every goal, so that what was collected for one goal can serve all others.
+    """
+
+    def __init__(self, capacity, state_dim, action_dim, device, goals=1):
         self.capacity, self.total, self.saved = capacity, 0, 0  # rows it holds, was ever given, has on disk
-        self.names = ("states", "actions", "rewards", "next_states", "terminated")
-        self.widths = (state_dim, action_dim, 1, state_dim, 1)
+        self.names = ("states", "actions", "rewards", "next_states", "terminated", "goals")
+        self.widths = (state_dim, action_dim, goals, state_dim, 1, 1)
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # memory is taken as it fills
 
     def add(self, **transitions):
-        """Stores N <= capacity transitions, each value [N, ...], over the oldest ones."""
+        """Stores N <= capacity transitions, each value [N, ...] and the rewards [N, goals], over the oldest ones."""
         n = len(transitions["rewards"])
         rows = torch.cat([transitions[name].reshape(n, -1).to(self.rows) for name in self.names], 1)
         self.rows[torch.arange(self.total, self.total + n) % self.capacity] = rows
         self.total += n
 
-    def sample(self, batch_size):
-        """A uniform batch, with replacement: name -> [B, ...]."""
+    def sample(self, batch_size, relabel=0.0):
+        """A uniform batch, with replacement: name -> [B, ...].
+
+        A share `relabel` of it gets another goal than it was collected for; rewards [B] are those for the goals [B].
+        """
         index = torch.randint(min(self.total, self.capacity), (batch_size,), device=self.rows.device)
         batch = dict(zip(self.names, self.rows[index].split(self.widths, 1), strict=True))
-        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "terminated")}
+        goals, n = batch["goals"].long(), batch["rewards"].shape[1]
+        if relabel and n > 1:
+            other = (goals + torch.randint(1, n, goals.shape, device=goals.device)) % n
+            goals = torch.where(torch.rand(goals.shape, device=goals.device) < relabel, other, goals)
+        batch |= {"goals": goals, "rewards": batch["rewards"].gather(1, goals)}
+        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "terminated", "goals")}
 
     def save(self, path):
         """Writes the rows that are new since the last call, at most `capacity`, to a ring of twice the capacity.
@@ -714,20 +807,20 @@ def load_checkpoint(path):
     """A checkpoint's dict; loading it runs nothing that a crafted file could hold. Ends the program if it is none."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("global_step", "best_return", "owed_updates", "buffer_total", "agent",
-                                               "optimizers")}
+        return {name: saved[name] for name in CHECKPOINT}
     except FileNotFoundError:
         fail(f"--resume: there is no {path}")
     except Exception as error:
         fail(f"--resume: {path} is truncated or no checkpoint of this script ({type(error).__name__})")
 
 
-def evaluate(envs, policy, score, episodes, episode_length, seed):
+def evaluate(envs, policy, score, episodes, episode_length, seed, end_at_success=False):
     """Plays deterministic episodes, always from the same starts, and scores their frames.
 
     Args:
-        policy: states [N, S] to actions [N, A] in [-1, 1].
+        policy: states [N, S] to actions [N, ...].
         score: frames uint8 [n, H, W, 3] to rewards [n], or None.
+        end_at_success: whether an episode counts only up to its first reward of 1.
     Returns:
         dict of arrays: "clip_rewards" and "env_rewards" [episodes, T] (0 after an early termination), "lengths"
         [episodes], "qpos" [episodes, T, nq] for MuJoCo, and "frames" [T, H, W, 3] of the first episode. What is at t
@@ -741,13 +834,16 @@ def evaluate(envs, policy, score, episodes, episode_length, seed):
         for _ in range(episode_length):
             observation, rewards, terminated, _, _ = envs.step(policy(observation["state"]))
             step = {name: value.copy() for name, value in observation.items() if name != "state"}
-            steps.append({**step, "env_rewards": rewards * alive, "alive": alive.copy()})
+            steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
             alive &= ~terminated
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels = steps.pop("pixels")
         if score:
             clip_rewards = score(pixels.reshape(-1, *pixels.shape[2:])).reshape(steps["alive"].shape)
+            if end_at_success:
+                steps["alive"] &= np.cumsum(clip_rewards, 1) - clip_rewards == 0
             steps["clip_rewards"] = clip_rewards * steps["alive"]
+        steps["env_rewards"] *= steps["alive"]
         if start == 0:
             frames = pixels[0]
         rounds.append(steps)
@@ -767,6 +863,75 @@ def write_video(path, frames, rewards, fps=30):
             draw.rectangle((8, image.height - 14, 8 + width, image.height - 8), fill=(255, 200, 0))
             draw.text((8, 6), f"step {t + 1}   reward {reward:+.4f}", fill=(255, 255, 255), font_size=18)
             writer.append_data(np.asarray(image))
+
+
+def slug(text):
+    """A sentence as a part of a file's or a curve's name."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+
+
+def episode_charts(args, ended, env_rewards, clip_rewards, goals):
+    """Mean return and length of the episodes that ended in a phase, for the log; of their parts, if none ended.
+
+    Everything is [T, N]: `ended` is true at an episode's last step, `goals` are indices; `clip_rewards` may be None.
+    """
+    last = ended.copy()
+    last[-1] = True  # the end of the phase cuts the episodes that go on
+    stops = np.flatnonzero(last.T)  # in [N, T], where an episode's steps are neighbours
+    counted = ended.T.ravel()[stops] if ended.any() else np.ones(len(stops), bool)
+    starts, goals = np.append(0, stops[:-1] + 1), goals.T.ravel()[stops]
+
+    def returns(rewards):
+        return np.add.reduceat(rewards.T.ravel(), starts)
+
+    charts = {"charts/env_return": returns(env_rewards)[counted].mean(),
+              "charts/episodic_length": (stops - starts + 1)[counted].mean()}
+    if clip_rewards is not None:
+        charts["charts/clip_return"] = returns(clip_rewards)[counted].mean()
+        for i in np.unique(goals[counted]) if len(args.goal) > 1 else ():
+            charts[f"charts/clip_return/{slug(args.goal[i])}"] = returns(clip_rewards)[counted & (goals == i)].mean()
+    return charts
+
+
+def evaluate_goals(args, envs, agent, score, writer, run_dir, global_step):
+    """Evaluates the agent on every goal, the held-out ones too; writes videos, image strips and rollouts.
+
+    Returns the scalars to log and the mean return over the goals that are trained on: the CLIP return, or with
+    `--reward env` the environment's.
+    """
+    charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
+    envs.set_attr("rendering", score is not None or args.video)
+    for index, goal in enumerate(goals):
+
+        def policy(states, index=index):
+            return agent.act(states, np.full(len(states), index), deterministic=True)
+
+        def goal_score(frames, index=index):
+            return score(frames)[:, index]
+
+        result = evaluate(envs, policy, score and goal_score, args.eval_episodes, args.episode_length, args.seed,
+                          args.terminate_on_success)
+        frames, length = result.pop("frames"), result["lengths"][0]
+        curve, file = (f"/{slug(goal)}", f"{global_step}-{slug(goal)}") if len(goals) > 1 else ("", f"{global_step}")
+        for name in ("clip_rewards", "env_rewards"):
+            if name in result:
+                charts[f"eval/{name.replace('rewards', 'return')}{curve}"] = result[name].sum(1).mean()
+        if args.reward == "binary":  # VLM-SR's measure: was the goal reached at all
+            charts[f"eval/success_rate{curve}"] = result["clip_rewards"].any(1).mean()
+        charts[f"eval/episodic_length{curve}"] = result["lengths"].mean()
+        shown = result.get("clip_rewards", result["env_rewards"])
+        returns.append(float(shown.sum(1).mean()))
+        if score or args.video:
+            strip = frames[np.linspace(0, length - 1, 8).astype(int)]  # [8, H, W, 3]
+            writer.add_image(f"eval/strip{curve}", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
+        if args.video:
+            write_video(run_dir / "videos" / f"{file}.mp4", frames[:length], shown[0, :length])
+        if args.save_rollouts:
+            np.savez_compressed(run_dir / "rollouts" / f"{file}.npz", env_id=args.env_id, goal=goal, **result)
+    mean_return = float(np.mean(returns[: len(args.goal)]))
+    if len(goals) > 1:
+        charts["eval/clip_return"] = mean_return
+    return charts, mean_return
 
 
 # ---------------------------------------------------------------- training
@@ -792,23 +957,36 @@ def stop_signals():
 
 def check_args(args):
     """Ends the program over flags that cannot work, before anything slow starts."""
-    for name in ("total_timesteps", "num_envs", "episode_length", "batch_size", "buffer_size", "clip_batch_size",
-                 "eval_every", "eval_episodes", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not args.goal.strip():
+    for name, value in asdict(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_0 and value < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    goals = (*args.goal, *args.eval_goal)
+    if not args.goal or not all(goal.strip() for goal in goals):
         fail("--goal is empty: describe the state to reach")
+    if len({slug(goal) for goal in goals}) < len(goals):
+        fail("--goal and --eval-goal name a goal twice: name each once")
+    if len(goals) > 1 and args.reward == "env":
+        fail("--reward env has no goals: name one --goal or none")
+    if args.eval_goal and len(args.goal) == 1:
+        fail("--eval-goal needs several --goal: with one, the policy does not see what it is asked for")
+    if args.reward == "binary":
+        if len(args.goal) + len(args.negatives) < 2:
+            fail("--reward binary compares prompts: give --negatives, or several --goal")
+        if set(args.negatives) & set(goals):
+            fail("--negatives holds a goal, which can't compete with itself")
+        if args.temperature <= 0:
+            fail(f"--temperature must be above 0, not {args.temperature}")
+        if not 0.0 <= args.threshold < 1.0:
+            fail(f"--threshold must be in [0, 1), not {args.threshold}")
+    elif args.terminate_on_success:
+        fail("--terminate-on-success needs --reward binary")
     if not 0.0 <= args.alpha <= 1.0:
         fail(f"--alpha must be in [0, 1], not {args.alpha}")
-    if args.alpha > 0 and args.goal == args.baseline:
+    if args.alpha > 0 and args.reward == "regularized" and args.baseline in goals:
         fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
     for template in args.template:
         if "{}" not in template:
             fail(f'--template "{template}" has no "{{}}" for the prompt')
-    if args.buffer_size < args.episode_length * args.num_envs:
-        fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
-    if args.ent_coef <= 0:
-        fail(f"--ent-coef must be above 0, not {args.ent_coef}")
     if args.env_id not in gym.registry and ":" not in args.env_id:
         near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
         fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
@@ -821,6 +999,12 @@ def check_args(args):
 def train(args):
     """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
     check_args(args)
+    if args.buffer_size < args.episode_length * args.num_envs:
+        fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
+    if args.ent_coef <= 0:
+        fail(f"--ent-coef must be above 0, not {args.ent_coef}")
+    if not 0.0 <= args.relabel <= 1.0:
+        fail(f"--relabel must be in [0, 1], not {args.relabel}")
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
     run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = args.resume or args.run_dir or Path("runs") / run_name
@@ -832,7 +1016,8 @@ def train(args):
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.reward != "env":
         clip_name, clip_tag, clip_size = resolve_clip(args.clip, args.clip_pretrained)
-        check_prompts(clip_name, [t.replace("{}", p) for p in (args.goal, args.baseline) for t in args.template])
+        prompts = (*args.goal, *args.eval_goal, *args.negatives, args.baseline)
+        check_prompts(clip_name, [t.replace("{}", p) for p in prompts for t in args.template])
     else:
         clip_size = 224
     # Workers start before CUDA or a model is up, so that they can be forked.
@@ -848,21 +1033,17 @@ def train(args):
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # drops what was logged after the checkpoint
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
 
-        torch.manual_seed(args.seed)
-        agent = SAC(args, state_dim, action_dim).to(device)
-        agent.make_optimizers()
-        buffer = ReplayBuffer(args.buffer_size, state_dim, action_dim, device)
-        score = None
+        n_goals, score, goals = len(args.goal), None, torch.zeros(1, 0)
         if args.reward != "env":
             try:
                 clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size)
             except Exception as error:
                 fail(f"--clip {args.clip}: its weights do not load ({error})")
-            goal, baseline = clip.encode_text([args.goal, args.baseline], args.template).split(1)  # [1, D] each
-
-            def score(frames):
-                """CLIP rewards [n] of frames [n, H, W, 3]."""
-                return regularized_reward(clip.encode_images(frames), goal, baseline[0], args.alpha)[:, 0].cpu().numpy()
+            score, goals = make_score(args, clip)
+        torch.manual_seed(args.seed)
+        agent = SAC(args, state_dim, action_dim, goal_inputs(goals, n_goals)).to(device)
+        agent.make_optimizers()
+        buffer = ReplayBuffer(args.buffer_size, state_dim, action_dim, device, n_goals)
 
         best_return, owed_updates, losses = -math.inf, 0.0, {}
         if saved:
@@ -892,6 +1073,7 @@ def train(args):
         phase_frames = args.episode_length * args.num_envs
         states, next_states = np.empty((2, *shape, state_dim), np.float32)
         actions = np.empty((*shape, action_dim), np.float32)
+        goals, rewards = np.empty(shape, np.int64), np.empty((*shape, n_goals), np.float32)
         env_rewards, terminated, ended = np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool)
         pixels_shape = envs.single_observation_space["pixels"].shape
         pixels = np.empty((*shape, *pixels_shape), np.uint8) if score else None
@@ -909,41 +1091,48 @@ def train(args):
             # COLLECT: one episode in every environment, into an unlabelled batch
             envs.set_attr("rendering", score is not None)
             state = envs.reset(seed=starts)[0]["state"].copy()
+            goal = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
             for t in range(args.episode_length):
                 if stopped_by:
                     break
                 if global_step < args.learning_starts:
                     actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
                 else:
-                    actions[t] = agent.act(state)
+                    actions[t] = agent.act(state, goal)
                 observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
                 # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
-                states[t], next_states[t] = state, observation["state"]
+                states[t], next_states[t], goals[t] = state, observation["state"], goal
                 state = next_states[t].copy()
                 if score:
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 ended[t] = terminated[t] | truncated
-                if ended[t].any() and t < args.episode_length - 1:  # only with --early-termination
+                if args.terminate_on_success:
+                    rewards[t] = score(pixels[t])[:, :n_goals]
+                    ended[t] |= rewards[t, np.arange(args.num_envs), goal] > 0
+                if ended[t].any() and t < args.episode_length - 1:  # an episode ended early
                     seeds = episode_seeds(args.seed, 0, global_step, t + 1, n=args.num_envs)
                     state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+                    goal = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal)
             if stopped_by:
                 break  # the phase is dropped: nothing has learned from it yet
             if not np.isfinite(next_states).all():
                 t, n = np.argwhere(~np.isfinite(next_states))[0, :2]
-                raise RunError(f"environment {n} diverged: a state is not finite {t + 1} steps after frame {global_step}")
+                raise RunError(f"environment {n} diverged: a state is not finite at step {t} after frame {global_step}")
             global_step += phase_frames
             clock.append(time.perf_counter())
 
-            # LABEL: all frames of the phase in one batched CLIP pass
-            rewards = env_rewards
-            if score:
-                rewards = score(pixels.reshape(-1, *pixels_shape)).reshape(shape)
+            # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
+            if not score:
+                rewards = env_rewards[..., None]
+            elif not args.terminate_on_success:
+                rewards = score(pixels.reshape(-1, *pixels_shape))[:, :n_goals].reshape(rewards.shape)
             if not np.isfinite(rewards).all():
                 raise RunError(f"a reward is not finite in the {phase_frames} frames before frame {global_step}")
             clock.append(time.perf_counter())
 
             # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual
-            arrays = dict(states=states, actions=actions, rewards=rewards, next_states=next_states, terminated=terminated)
+            arrays = dict(states=states, actions=actions, rewards=rewards, next_states=next_states,
+                          terminated=terminated, goals=goals)
             labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in arrays.items()}
             buffer.add(**labelled)
             if args.normalize_obs:
@@ -952,42 +1141,24 @@ def train(args):
                 owed_updates += phase_frames * args.updates_per_frame
             while owed_updates >= 1.0:
                 owed_updates -= 1.0
-                losses = agent.update(buffer.sample(args.batch_size))
+                losses = agent.update(buffer.sample(args.batch_size, args.relabel))
             losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
             if not np.isfinite(list(losses.values())).all():
                 raise RunError(f"a loss is not finite at frame {global_step}: {losses}; try a lower --learning-rate")
             clock.append(time.perf_counter())
 
-            episodes = ended[:-1].sum() + args.num_envs  # those that the end of the phase cuts short count as well
-            charts = {"charts/env_return": env_rewards.sum() / episodes,
-                      "charts/episodic_length": phase_frames / episodes}
-            if score:
-                charts["charts/clip_return"] = rewards.sum() / episodes
-                if previous_step == 0:
-                    warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
+            collected = np.take_along_axis(rewards, goals[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
+            charts = episode_charts(args, ended, env_rewards, collected if score else None, goals)
+            if score and previous_step == 0:
+                warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
 
             # EVALUATE: deterministic episodes from fixed starts
             last = global_step >= args.total_timesteps
             if last or global_step // args.eval_every > previous_step // args.eval_every:
-                envs.set_attr("rendering", score is not None or args.video)
-                result = evaluate(envs, functools.partial(agent.act, deterministic=True), score, args.eval_episodes,
-                                  args.episode_length, args.seed)
-                frames = result.pop("frames")
-                shown = result.get("clip_rewards", result["env_rewards"])
-                for name in ("clip_rewards", "env_rewards"):
-                    if name in result:
-                        charts[f"eval/{name.replace('rewards', 'return')}"] = result[name].sum(1).mean()
-                charts["eval/episodic_length"] = result["lengths"].mean()
-                if score or args.video:
-                    strip = frames[np.linspace(0, result["lengths"][0] - 1, 8).astype(int)]  # [8, H, W, 3]
-                    writer.add_image("eval/strip", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
-                if args.video:
-                    n = result["lengths"][0]
-                    write_video(run_dir / "videos" / f"{global_step}.mp4", frames[:n], shown[0, :n])
-                result |= {"env_id": args.env_id, "goal": args.goal}
-                np.savez_compressed(run_dir / "rollouts" / f"{global_step}.npz", **result)
-                if shown.sum(1).mean() > best_return:  # VLM-RM judges the one with the highest *training* reward
-                    best_return = float(shown.sum(1).mean())
+                results, mean_return = evaluate_goals(args, envs, agent, score, writer, run_dir, global_step)
+                charts |= results
+                if mean_return > best_return:  # VLM-RM judges the one with the highest *training* reward
+                    best_return = mean_return
                     save("best.pt")
             clock.append(time.perf_counter())
 
@@ -999,7 +1170,8 @@ def train(args):
             for name, value in charts.items():
                 writer.add_scalar(name, value, global_step)
             headline = "clip_return" if score else "env_return"
-            progress.set_postfix({headline: f"{charts[f'charts/{headline}']:.2f}"}, refresh=False)
+            each = [f"{value:.1f}" for name, value in charts.items() if name.startswith("charts/clip_return/")]
+            progress.set_postfix_str(" ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each]), refresh=False)
             progress.update(global_step - previous_step)
 
             # SAVE

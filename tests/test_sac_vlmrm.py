@@ -202,7 +202,8 @@ def test_terminations_are_ignored_unless_asked_for(tmp_path):
 
 def fill(buffer, values):
     x = torch.tensor(values, dtype=torch.float32)
-    buffer.add(states=x[:, None], actions=-x[:, None], rewards=x, next_states=x[:, None] + 1, terminated=x > 100)
+    buffer.add(states=x[:, None], actions=-x[:, None], rewards=x, next_states=x[:, None] + 1, terminated=x > 100,
+               goals=torch.zeros(len(x)))  # fmt: skip
 
 
 def test_replay_buffer_wraps_around_and_keeps_the_newest():
@@ -254,7 +255,8 @@ def make_agent(dtype=torch.float32, **flags):
     rng = np.random.default_rng(0)
     batch = dict(states=rng.normal(size=(16, 3)), actions=rng.uniform(-1, 1, (16, 2)), rewards=rng.normal(size=16),
                  next_states=rng.normal(size=(16, 3)), terminated=rng.integers(0, 2, 16))  # fmt: skip
-    return agent, {name: torch.tensor(value, dtype=dtype) for name, value in batch.items()}
+    batch = {name: torch.tensor(value, dtype=dtype) for name, value in batch.items()}
+    return agent, batch | {"goals": torch.zeros(16, dtype=torch.int64)}
 
 
 def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
@@ -331,10 +333,10 @@ def test_targets_bootstrap_unless_terminated():
 
 def test_actions_are_the_squashed_mean_when_deterministic():
     agent, batch = make_agent()
-    states = batch["states"].numpy()
-    a, b = (agent.act(states, deterministic=True) for _ in range(2))
+    states, goals = batch["states"].numpy(), np.zeros(16, int)
+    a, b = (agent.act(states, goals, deterministic=True) for _ in range(2))
     np.testing.assert_array_equal(a, b)
-    assert (np.abs(agent.act(states)) < 1).all() and (agent.act(states) != agent.act(states)).any()
+    assert (np.abs(agent.act(states, goals)) < 1).all() and (agent.act(states, goals) != agent.act(states, goals)).any()
 
 
 # ---- whole runs
@@ -366,9 +368,9 @@ def test_command_line_run_leaves_checkpoint_events_video_and_rollout(tmp_path, c
         saved = torch.load(run_dir / name, weights_only=True)
         agent = SAC(Args(), saved["agent"]["normalizer.mean"].numel(), 17)
         agent.load_state_dict(saved["agent"])
-        assert agent.act(np.zeros((1, 348), np.float32)).shape == (1, 17)
+        assert agent.act(np.zeros((1, 348), np.float32), [0]).shape == (1, 17)
     assert load(run_dir)["global_step"] == 200
-    assert json.loads((run_dir / "args.json").read_text())["goal"] == "a humanoid robot kneeling"
+    assert json.loads((run_dir / "args.json").read_text())["goal"] == ["a humanoid robot kneeling"]
     logged = scalars(run_dir)
     for tag in ("charts/clip_return", "charts/env_return", "charts/SPS", "charts/episodic_length", "losses/critic_loss",
                 "losses/actor_loss", "eval/clip_return", "time/collect", "time/label", "time/update"):  # fmt: skip
@@ -450,7 +452,7 @@ BAD_INPUT = {
     "resume": (["--resume", str(ROOT / "docs")], "--resume"),
     "clip directory": (["--clip", str(ROOT / "tests")], "open_clip_config.json"),
     "environment": (["--env-id", "Humanoid-v55"], "Humanoid-v5"),
-    "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "continuous"),
+    "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "Box"),
     "count": (["--num-envs", "0"], "--num-envs"),
     "device": (["--device", "cuda"], "--device cpu"),
 }

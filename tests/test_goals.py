@@ -1,0 +1,209 @@
+"""Several goals and the binary reward, in both training scripts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_vlmrm
+import sac_vlmrm
+from sac_vlmrm import CLIP, binary_reward, goal_inputs, regularized_reward
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
+KNEELING, LYING = "a humanoid robot kneeling", "a humanoid robot lying on its back"
+SHORT = dict(clip=TINY_CLIP, num_envs=4, episode_length=10, eval_every=10**9, eval_episodes=2, video=False, device="cpu")
+SAC = SHORT | dict(learning_starts=80, updates_per_frame=0.25, batch_size=32, total_timesteps=160)
+PPO = SHORT | dict(num_steps=20, num_minibatches=4, update_epochs=2, total_timesteps=160)
+POLE = dict(env_id="InvertedPendulum-v5", camera_azimuth=90.0, camera_distance=3.0, camera_lookat=(0.0, 0.0, 0.3),
+            goal=("pole vertically upright on top of the cart",), reward="binary",
+            negatives=("pole fallen over beside the cart",), baseline="pole and cart")  # fmt: skip
+BOTH = pytest.mark.parametrize("script,flags", [(sac_vlmrm, SAC), (ppo_vlmrm, PPO)], ids=["sac", "ppo"])
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return torch.from_numpy(x / np.linalg.norm(x, axis=-1, keepdims=True))
+
+
+# ---- the binary reward
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-4, 0.01, 0.1, 1.0, 1e6])
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.99])
+def test_binary_reward_is_scipys_softmax_over_a_threshold(temperature, threshold):
+    rng = np.random.default_rng(0)
+    frames, goals, negatives = unit(rng, 50, 8), unit(rng, 3, 8), unit(rng, 2, 8)
+    cosines = frames.numpy() @ torch.cat([goals, negatives]).numpy().T
+    expected = scipy.special.softmax(cosines / temperature, axis=1)[:, :3] > threshold
+    actual = binary_reward(frames, goals, negatives, temperature, threshold)
+    np.testing.assert_array_equal(actual.numpy(), expected)
+    assert expected.any() or temperature >= 0.1
+
+
+def test_a_tie_is_no_success_and_a_hair_decides_at_a_low_temperature():
+    frame, goal = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    tied = torch.tensor([[0.6, -0.8]])  # the same cosine with the frame
+    assert binary_reward(frame, goal, tied, 1e-9, 0.5).item() == 0.0  # 0.5 is not above 0.5
+    assert binary_reward(frame, goal, tied, 1e-9, 0.49).item() == 1.0
+    hair = torch.tensor([[0.6 - 1e-6, -0.8]])
+    assert binary_reward(frame, goal, hair, 1e-9, 0.99).item() == 1.0
+    assert binary_reward(frame, goal, hair, 1.0, 0.51).item() == 0.0
+    assert binary_reward(frame, goal, goal[:0], 0.01, 0.5).item() == 1.0  # alone, a goal has all the probability
+
+
+def test_goals_are_negatives_of_each_other():
+    rng = np.random.default_rng(1)
+    frames, goals = unit(rng, 40, 4), unit(rng, 3, 4)
+    together = binary_reward(frames, goals, goals[:0], 0.05, 0.5)
+    for i in range(3):
+        others = torch.cat([goals[:i], goals[i + 1 :]])
+        torch.testing.assert_close(together[:, i : i + 1], binary_reward(frames, goals[i : i + 1], others, 0.05, 0.5))
+    assert (together.sum(1) <= 1).all() and together.any(0).all()
+
+
+@BOTH
+def test_termination_on_success_ends_an_episode_where_the_reward_is_1(script, flags, tmp_path):
+    easy = script.train(script.Args(**{**flags, **POLE, "threshold": 0.0}, terminate_on_success=True,
+                                    run_dir=tmp_path / "easy"))  # fmt: skip
+    logged = scalars(easy)  # every frame is a success: episodes of one step
+    assert set(logged["charts/episodic_length"]) == {1.0} and set(logged["charts/clip_return"]) == {1.0}
+    assert logged["eval/success_rate"] == [1.0] and logged["eval/episodic_length"] == [1.0]
+    rollout = np.load(next((easy / "rollouts").iterdir()))
+    assert rollout["lengths"].tolist() == [1, 1] and rollout["clip_rewards"].sum(1).tolist() == [1, 1]
+    hard = script.train(script.Args(**{**flags, **POLE, "threshold": 0.999999, "temperature": 100.0},
+                                    terminate_on_success=True, run_dir=tmp_path / "hard"))  # fmt: skip
+    logged = scalars(hard)  # none is
+    assert set(logged["charts/episodic_length"]) == {10.0} and set(logged["charts/clip_return"]) == {0.0}
+    assert logged["eval/success_rate"] == [0.0]
+
+
+def test_success_at_the_goal_of_the_batch_ends_the_bootstrapping():
+    torch.manual_seed(0)
+    agent = sac_vlmrm.SAC(sac_vlmrm.Args(gamma=0.9, autotune=False, terminate_on_success=True, reward="binary"), 3, 2)
+    agent.make_optimizers()
+    for parameter in agent.critic_target.parameters():
+        parameter.zero_()
+    for q in (agent.critic_target.q1, agent.critic_target.q2):
+        q[-1].bias.fill_(50.0)
+    batch = dict(states=torch.zeros(8, 3), actions=torch.zeros(8, 2), next_states=torch.zeros(8, 3),
+                 terminated=torch.zeros(8), goals=torch.zeros(8, dtype=torch.int64))  # fmt: skip
+    assert agent.update(batch | {"rewards": torch.ones(8)})["critic_loss"] < 10
+    assert agent.update(batch | {"rewards": torch.zeros(8)})["critic_loss"] > 2 * 40**2
+
+
+# ---- several goals
+
+
+def test_goal_inputs_tell_goals_apart_and_leave_a_single_one_out():
+    clip = CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+    goals = clip.encode_text([KNEELING, LYING, "a humanoid robot standing up", "a robot on its knees"])
+    inputs = goal_inputs(goals, 3)
+    torch.testing.assert_close(inputs[:3].mean(0), torch.zeros(goals.shape[1]), atol=1e-5, rtol=0)
+    assert inputs[:3].square().mean().sqrt().item() == pytest.approx(1.0, abs=1e-5)
+    distances = torch.cdist(inputs[3:], inputs[:3])[0]  # other words for kneeling are nearest to kneeling
+    assert distances.argmin() == 0
+    assert goal_inputs(goals[:1], 1).shape == (1, 0)
+
+
+def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fresh_ones(tmp_path, monkeypatch):
+    frames, encode = [], CLIP.encode_images
+    monkeypatch.setattr(CLIP, "encode_images", lambda self, x: frames.append(x.copy()) or encode(self, x))
+    run_dir = sac_vlmrm.train(sac_vlmrm.Args(**SAC, goal=(KNEELING, LYING), relabel=0.5, run_dir=tmp_path / "run"))
+    monkeypatch.undo()
+    clip = CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+    *goals, baseline = clip.encode_text([KNEELING, LYING, "a humanoid robot"])
+    embeddings = clip.encode_images(np.concatenate(frames[:4]))  # four phases of 40 frames, then the evaluation's
+    fresh = regularized_reward(embeddings, torch.stack(goals), baseline, 0.0)  # [160, 2]
+
+    buffer = sac_vlmrm.ReplayBuffer(1000, 348, 17, "cpu", goals=2)
+    buffer.load(run_dir / "replay.bin", 160)
+    pursued = buffer.rows[:160, -1].long()
+    assert 0.2 < pursued.float().mean() < 0.8  # both goals are drawn, one for each episode
+    assert (pursued.view(4, 10, 4) == pursued.view(4, 10, 4)[:, :1]).all()
+    row_of = {tuple(row[:348].tolist()): i for i, row in enumerate(buffer.rows[:160])}
+    torch.manual_seed(0)
+    for relabel, swapped in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        batch = buffer.sample(2000, relabel)
+        rows = torch.tensor([row_of[tuple(state.tolist())] for state in batch["states"]])
+        torch.testing.assert_close(batch["rewards"], fresh[rows, batch["goals"]], atol=1e-4, rtol=0)
+        assert (batch["goals"] != pursued[rows]).float().mean().item() == pytest.approx(swapped, abs=0.05)
+
+
+@BOTH
+def test_every_goal_is_evaluated_also_those_never_trained_on(script, flags, tmp_path):
+    held_out = "a robot on its knees"
+    run_dir = script.train(script.Args(**{**flags, "video": True}, goal=(KNEELING, LYING), eval_goal=(held_out,),
+                                       run_dir=tmp_path / "run"))  # fmt: skip
+    logged, names = scalars(run_dir), [script.slug(goal) for goal in (KNEELING, LYING, held_out)]
+    returns = [logged[f"eval/clip_return/{name}"][0] for name in names]
+    assert logged["eval/clip_return"][0] == pytest.approx(np.mean(returns[:2]), rel=1e-5)  # of those it trains on
+    assert {f"charts/clip_return/{name}" for name in names[:2]} <= logged.keys()
+    for name, goal, value in zip(names, (KNEELING, LYING, held_out), returns, strict=True):
+        assert (run_dir / "videos" / f"160-{name}.mp4").exists()
+        rollout = np.load(run_dir / "rollouts" / f"160-{name}.npz")
+        assert str(rollout["goal"]) == goal and rollout["clip_rewards"].sum(1).mean() == pytest.approx(value, rel=1e-4)
+    saved = torch.load(run_dir / "best.pt", weights_only=True)
+    assert saved["agent"]["goals"].shape == (3, 128)
+    assert json.loads((run_dir / "args.json").read_text())["eval_goal"] == [held_out]
+
+
+@BOTH
+def test_the_policy_sees_its_goal(script, flags):
+    torch.manual_seed(0)
+    goals = torch.randn(2, 16)
+    if script is sac_vlmrm:
+        agent = script.SAC(script.Args(), 3, 2, goals)
+    else:
+        agent = script.PPO(script.Args(), 3, script.gym.spaces.Box(-1, 1, (2,)), goals)
+    states = np.ones((2, 3), np.float32)
+    actions = agent.act(states, np.array([0, 1]), deterministic=True)
+    assert np.abs(actions[0] - actions[1]).max() > 1e-4
+    np.testing.assert_allclose(agent.act(states, np.array([1, 0]), deterministic=True), actions[::-1], atol=1e-6)
+
+
+def test_episode_charts_count_the_episodes_that_ended():
+    ended, rewards = np.zeros((6, 2), bool), np.ones((6, 2), np.float32)
+    args = sac_vlmrm.Args(goal=("a", "b"))
+    goals = np.array([[0, 1]] * 3 + [[1, 1]] * 3)
+    charts = sac_vlmrm.episode_charts(args, ended, rewards, None, goals)  # none ended: the parts
+    assert charts == {"charts/env_return": 6.0, "charts/episodic_length": 6.0}
+    ended[2, 0] = True  # environment 0 ends after 3 steps, and starts one that the phase cuts
+    ended[5, 1] = True
+    charts = sac_vlmrm.episode_charts(args, ended, rewards, 2 * rewards, goals)
+    assert charts["charts/env_return"] == charts["charts/episodic_length"] == 4.5
+    assert charts["charts/clip_return"] == 9.0
+    assert charts["charts/clip_return/a"] == 6.0 and charts["charts/clip_return/b"] == 12.0
+
+
+BAD_INPUT = {
+    "same goal twice": (["--goal", "a robot", "A  robot."], "twice"),
+    "held-out goal is trained on": (["--goal", "a", "b", "--eval-goal", "b"], "twice"),
+    "held-out goal of one": (["--goal", "a", "--eval-goal", "b"], "--eval-goal"),
+    "nothing to compare with": (["--reward", "binary"], "--negatives"),
+    "goal is negative": (["--reward", "binary", "--goal", "a", "--negatives", "a"], "--negatives"),
+    "temperature": (["--reward", "binary", "--negatives", "x", "--temperature", "0"], "--temperature"),
+    "threshold": (["--reward", "binary", "--negatives", "x", "--threshold", "1"], "--threshold"),
+    "termination without success": (["--terminate-on-success"], "--reward binary"),
+    "goals of the environment": (["--reward", "env", "--goal", "a", "b"], "--reward env"),
+    "empty goal": (["--goal", "a", " "], "--goal"),
+}
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
+@pytest.mark.parametrize("words,named", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_goals_are_one_line_and_status_2(script, words, named, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", *words])
+    with pytest.raises(SystemExit) as end:
+        script.train(script.parse_args())
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.count("\n") == 1 and named in message

@@ -1,0 +1,68 @@
+"""Each script is whole in itself, so what several of them do the same way must be the same, to the byte."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+PAIRS = list(itertools.combinations(SCRIPTS, 2))
+
+# What has the same name but is a script's own: its flags, its networks, its loop.
+OWN = {"Args", "mlp", "train", "CHANGEABLE", "MAY_BE_0", "ACTION_SPACES", "CHECKPOINT"}
+OWN_FLAGS = {"learning_rate", "gamma", "ent_coef"}  # hyperparameters of each algorithm
+
+
+def blocks(source):
+    """Source of every top-level function, class and constant, with its decorators and the comments inside."""
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    return found
+
+
+def flags(source):
+    """Default and docstring of every flag, as source."""
+    fields = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    return {field.target.id: (ast.unparse(field), ast.unparse(text))
+            for field, text in itertools.pairwise(fields) if isinstance(field, ast.AnnAssign)}  # fmt: skip
+
+
+@pytest.mark.parametrize("a,b", PAIRS)
+def test_blocks_of_the_same_name_are_the_same(a, b):
+    one, other = blocks(SCRIPTS[a]), blocks(SCRIPTS[b])
+    shared = (one.keys() & other.keys()) - OWN
+    assert len(shared) >= 10
+    assert [name for name in sorted(shared) if one[name] != other[name]] == []
+
+
+@pytest.mark.parametrize("a,b", PAIRS)
+def test_flags_of_the_same_name_are_the_same(a, b):
+    one, other = flags(SCRIPTS[a]), flags(SCRIPTS[b])
+    shared = (one.keys() & other.keys()) - OWN_FLAGS
+    assert [name for name in sorted(shared) if one[name] != other[name]] == []
+
+
+def test_the_training_scripts_share_all_but_the_algorithm():
+    sac, ppo = blocks(SCRIPTS["sac_vlmrm.py"]), blocks(SCRIPTS["ppo_vlmrm.py"])
+    assert sac.keys() - ppo.keys() <= {"Actor", "Critic", "SAC", "ReplayBuffer"}
+    assert ppo.keys() - sac.keys() <= {"PPO", "gae"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_inline_metadata_pins_what_requirements_pin(name):
+    lines = SCRIPTS[name].split("# dependencies = [")[1].split("# ]")[0].splitlines()
+    pins = {pin for line in lines if (pin := line.strip('#", '))}
+    required = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert len(pins) >= 10 and pins <= required, pins - required
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_a_docstring(name):
+    assert all(text.startswith(("'", '"')) for _, text in flags(SCRIPTS[name]).values())
