@@ -542,7 +542,9 @@ def probe_environment(env_id, scene):
         raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another environment")
     env.reset(seed=0)
     if not isinstance(env.unwrapped, MujocoEnv):
-        return env.render().shape
+        shape = env.render().shape
+        env.close()  # pygame catches SIGTERM while it is open, and the pool could not end this process
+        return shape
     SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
 
 
@@ -1137,9 +1139,9 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     """Prints one line when the first phase shows that the run would take longer than two days."""
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
-        advice = ("a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs")
-        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to"
-                   f" label frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
+        advice = "a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs"
+        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
+                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
                    file=sys.stderr)
 
 

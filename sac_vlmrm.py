@@ -165,6 +165,8 @@ class Args:
     """transitions an update"""
     learning_rate: float = 6e-4
     """of Adam, for the actor, the critics and the entropy coefficient"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0 at --total-timesteps, so that a short run ends in a steady policy"""
     gamma: float = 0.95
     """discount factor"""
     tau: float = 0.005
@@ -181,7 +183,8 @@ class Args:
     """with several goals, share of a batch whose goal is swapped for another one, with that goal's reward"""
 
 
-# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding.
+# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
+# rate, with --anneal-lr, on --total-timesteps).
 CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
               "video", "save_rollouts", "track", "clip_batch_size")
 MAY_BE_0 = ("seed", "learning_starts")  # whole numbers that need not be positive
@@ -533,7 +536,9 @@ def probe_environment(env_id, scene):
         raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another environment")
     env.reset(seed=0)
     if not isinstance(env.unwrapped, MujocoEnv):
-        return env.render().shape
+        shape = env.render().shape
+        env.close()  # pygame catches SIGTERM while it is open, and the pool could not end this process
+        return shape
     SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
 
 
@@ -1137,6 +1142,9 @@ def train(args):
             buffer.add(**labelled)
             if args.normalize_obs:
                 agent.normalizer.update(labelled["states"].to(device))
+            if args.anneal_lr:
+                for optimizer in agent.optimizers.values():
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - previous_step / args.total_timesteps)
             if global_step >= args.learning_starts:
                 owed_updates += phase_frames * args.updates_per_frame
             while owed_updates >= 1.0:
@@ -1193,9 +1201,9 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     """Prints one line when the first phase shows that the run would take longer than two days."""
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
-        advice = ("a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs")
-        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to"
-                   f" label frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
+        advice = "a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs"
+        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
+                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
                    file=sys.stderr)
 
 

@@ -108,9 +108,9 @@ def main(args):
     agent.make_optimizers()
     buffer = sac_vlmrm.ReplayBuffer(10_000, *dims, device)
     n = 10_000
-    buffer.add(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
-               next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n))
-
+    rows = dict(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
+                next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n), goals=torch.zeros(n))  # fmt: skip
+    buffer.add(**rows)
 
     def update():
         for _ in range(100):
@@ -123,8 +123,7 @@ def main(args):
         settings = sac_vlmrm.Args()
         buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, *dims, device)
         for _ in range(settings.checkpoint_every // n):
-            buffer.add(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
-                       next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n))
+            buffer.add(**rows)
         start = time.perf_counter()
         buffer.save(Path(folder) / "replay.bin")
         seconds = time.perf_counter() - start

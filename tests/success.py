@@ -3,13 +3,12 @@
     python tests/success.py runs/a runs/b runs/c
     python tests/success.py runs/a runs/b runs/c --gif docs/kneeling.gif --figure docs/kneeling.png
 
-A step is in the goal state when both knees are within 0.12 m of the floor, the torso is upright (its up-axis has a z
-above 0.7) and the robot touches the floor; an episode succeeds when at least half of its steps are.
+A step is in the goal state as reward_only_eval.py has it (`kneeling`): both knees within 0.12 m of the floor, the
+torso's up-axis above 0.7, the robot on the floor. An episode succeeds when at least half of its steps are.
 The starts differ from those of training and of its evaluations. Nothing is rendered, so this takes seconds.
 """
 
 import dataclasses
-import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import sac_vlmrm  # before mujoco: it sets MUJOCO_GL where there is no display
+import reward_only_eval  # these two before mujoco: they set MUJOCO_GL where there is no display
+import sac_vlmrm
 
 import gymnasium as gym
 import imageio
 import matplotlib
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -46,25 +45,10 @@ class Args:
     """write the runs' learning curves here"""
 
 
-def is_kneeling(model, data):
-    """Whether a Humanoid's state is the goal state of kneeling; `data` after `mj_forward`."""
-    knees = max(data.body("left_shin").xpos[2], data.body("right_shin").xpos[2])
-    upright = data.body("torso").xmat[8]
-    floor = model.geom("floor").id
-    grounded = any(floor in contact.geom and contact.dist < 0.01 for contact in data.contact)
-    return knees <= 0.12 and upright > 0.7 and grounded
-
-
 def kneeling_steps(qpos):
     """Which states of trajectories of qpos [episodes, T, 24] are kneeling: bool [episodes, T]."""
     model = gym.make("Humanoid-v5").unwrapped.model
-    data = mujoco.MjData(model)
-    result = np.zeros(qpos.shape[:2], bool)
-    for index in np.ndindex(*result.shape):
-        data.qpos[:] = qpos[index]
-        mujoco.mj_forward(model, data)
-        result[index] = is_kneeling(model, data)
-    return result
+    return reward_only_eval.meets(reward_only_eval.kneeling, model, qpos.reshape(-1, 24)).reshape(qpos.shape[:2]) == 1
 
 
 def play(run_dir, checkpoint, episodes):
@@ -74,9 +58,13 @@ def play(run_dir, checkpoint, episodes):
     args = sac_vlmrm.Args(**{k: v for k, v in json.loads((run_dir / "args.json").read_text()).items() if k in names})
     with sac_vlmrm.make_envs(args, 64) as envs:
         envs.set_attr("rendering", False)
-        agent = sac_vlmrm.SAC(args, envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0])
+        state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
+        agent = sac_vlmrm.SAC(args, state_dim, action_dim, saved["agent"]["goals"])
         agent.load_state_dict(saved["agent"])
-        policy = functools.partial(agent.act, deterministic=True)
+
+        def policy(states):  # of the first goal
+            return agent.act(states, np.zeros(len(states), int), deterministic=True)
+
         result = sac_vlmrm.evaluate(envs, policy, None, episodes, args.episode_length, seed=2024)
     return result["qpos"], saved["global_step"]
 

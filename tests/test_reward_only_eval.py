@@ -1,0 +1,817 @@
+"""Behaviour of reward_only_eval.py, through its own functions and its command line, on posed states and saved runs."""
+
+import csv
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+
+import reward_only_eval
+from reward_only_eval import (
+    TASKS,
+    Args,
+    Source,
+    binary_reward,
+    epic_distance,
+    evaluate_reward,
+    goal_probability,
+    meets,
+    mujoco,
+)
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
+
+# ---- the criteria, on posed states: degrees, as in the script's POSES
+
+HUMANOID = gym.make("Humanoid-v5").unwrapped
+ARMS = {
+    "down": (-45, 50, -58),
+    "raised": (85, -15, -85),
+    "hips": (-48, 78, -5),
+    "touching": (-60, 24, 30),
+    "sideways": (51, 46, -66),
+    "forward": (3, -31, -67),
+    "lap": (-36, 28, -27),
+    "knees": (-22, 9, -57),
+    "bent": (-45, 45, -20),
+    "start": (0, 0, 0),
+    "across": (69, -59, 6),
+    "under": (-59, -8, -33),
+    "half up": (60, 30, -70),
+    "face": (40, -40, -60),
+}
+STRAIGHT, UPRIGHT_KNEEL, ON_HEELS = (0, 0, 0, -2), (0, 0, 0, -94), (0, 0, -60, -155)
+LOTUS, SPLITS, SQUAT = (0, -60, -60, -143), (-25, -60, -65, -9), (-8, 0, -100, -130)
+
+
+def pose(leg, right=None, arm="down", right_arm=None, pitch=0, abdomen=0, tip=(0, 0), heading=0, lift=0.0):
+    """qpos of a posed humanoid; `tip` (roll, pitch) turns the whole body, which is then put `lift` meters up."""
+    data = mujoco.MjData(HUMANOID.model)
+    arms = [ARMS.get(name, name) for name in (arm, right_arm or arm)]
+    qpos = reward_only_eval.humanoid_pose(HUMANOID.model, data, pitch, abdomen, leg, right or leg, *arms)
+    for angle, axis in zip((*tip, heading), np.eye(3), strict=True):
+        turn, turned = np.zeros(4), np.zeros(4)
+        mujoco.mju_axisAngle2Quat(turn, axis, math.radians(angle))
+        mujoco.mju_mulQuat(turned, turn, qpos[3:7])
+        qpos[3:7] = turned
+    qpos = reward_only_eval.to_floor(HUMANOID.model, data, qpos)
+    qpos[2] += lift
+    return qpos
+
+
+WRONG_FOR_ALL = {  # no task's goal state
+    "face down": pose(STRAIGHT, pitch=90),
+    "on its back": pose(STRAIGHT, pitch=-90, arm="sideways"),
+    "on its side": pose((-5, 0, -20, -30), tip=(90, 0)),
+    "crawling": pose((0, 0, -80, -92), pitch=80, arm=(12, -17, -37)),
+    "squatting": pose(SQUAT, pitch=25, arm="forward"),
+    "sitting, legs out": pose((0, 0, -80, -3), pitch=-10, arm="lap"),
+    "jumping": pose((-18, 0, 0, -10), arm="sideways", lift=0.4),
+}
+STANDING = {
+    "straight": pose(STRAIGHT),
+    "feet apart": pose((-20, 0, 0, -2)),
+    "turned away": pose(STRAIGHT, heading=170, arm="start"),
+    "a stride": pose((-4, 0, -25, -12), (-4, 0, 12, -12), arm="bent"),
+    "knees a little bent": pose((-4, 0, -12, -25), arm="forward"),
+    "knees more bent": pose((-4, 0, -40, -55), pitch=5),
+    "leaning forward": pose((0, 0, -10, -2), pitch=10),
+    "leaning back": pose(STRAIGHT, tip=(0, -6)),
+    "leaning to the side": pose((-8, 0, 0, -2), tip=(8, 0)),
+    "arms anyhow": pose(STRAIGHT, arm="raised", right_arm="hips"),
+}
+NOT_STANDING = {
+    "in the air": pose(STRAIGHT, lift=0.1),
+    "just above the floor": pose(STRAIGHT, lift=0.03),
+    "falling forward": pose(STRAIGHT, tip=(0, 32)),
+    "falling back": pose(STRAIGHT, tip=(0, -32)),
+    "falling sideways": pose(STRAIGHT, tip=(32, 0)),
+    "a half squat": pose((-8, 0, -70, -90), pitch=15, arm="forward"),
+    "kneeling": pose(UPRIGHT_KNEEL),
+    "on one knee": pose((0, 0, -85, -85), UPRIGHT_KNEEL),
+    "bent over": pose((0, 0, -80, -2), pitch=70, arm="forward"),
+    "splits": pose(SPLITS, pitch=-3, abdomen=-14, arm="sideways"),
+}
+
+
+def arms_of(good, bad):
+    """Standing states with good arms, and the bad: the wrong arms standing, and the right arms not standing."""
+    arms = [dict(arm=a, right_arm=b) for a, b in good]
+    bodies = [
+        dict(leg=STRAIGHT),
+        dict(leg=(-10, 0, 0, -2)),
+        dict(leg=STRAIGHT, heading=140),
+        dict(leg=STRAIGHT, tip=(5, -4)),
+        dict(leg=(-4, 0, -12, -25), heading=-60),
+        dict(leg=(-4, 0, -25, -12), right=(-4, 0, 12, -12)),
+        dict(leg=(0, 0, -10, -2), pitch=10),
+        dict(leg=STRAIGHT, abdomen=-8),
+        dict(leg=(-20, 0, 0, -2), heading=30),
+        dict(leg=(-4, 0, -40, -55), pitch=5),
+    ]
+    meeting = {f"{i}": pose(**body, **arms[i % len(arms)]) for i, body in enumerate(bodies)}
+    missing = {f"arms {a}, {b}": pose(STRAIGHT, arm=a, right_arm=b) for a, b in bad}
+    missing |= {
+        name: pose(**body, **arms[0])
+        for name, body in {
+            "kneeling": dict(leg=UPRIGHT_KNEEL),
+            "in the air": dict(leg=STRAIGHT, lift=0.1),
+            "falling": dict(leg=STRAIGHT, tip=(0, 32)),
+            "on its back": dict(leg=STRAIGHT, pitch=-90),
+            "squatting": dict(leg=SQUAT, pitch=25),
+        }.items()
+    }
+    return meeting, missing
+
+
+POSED = {  # task: states that meet its criterion, states that miss it
+    "kneeling": (
+        {
+            "upright": pose(UPRIGHT_KNEEL),
+            "half down": pose((0, 0, -30, -125)),
+            "on the heels": pose(ON_HEELS),
+            "wide": pose((-12, 0, -10, -104), arm="lap"),
+            "from behind": pose(UPRIGHT_KNEEL, heading=180),
+            "arms raised": pose(UPRIGHT_KNEEL, arm="raised"),
+            "leaning forward": pose((-4, 0, -5, -90), pitch=20, abdomen=-20),
+            "leaning back": pose((-4, 0, 10, -85), pitch=-15, abdomen=10),
+            "uneven": pose((0, 0, 5, -94), (0, 0, -20, -115)),
+            "sideways lean": pose((-10, 0, -5, -98), heading=90, arm="hips"),
+        },
+        {
+            "in the air": pose(UPRIGHT_KNEEL, lift=0.3),
+            "just above the floor": pose(UPRIGHT_KNEEL, lift=0.03),
+            "one knee": pose((0, 0, -85, -85), UPRIGHT_KNEEL),
+            "other knee": pose(UPRIGHT_KNEEL, (0, 0, -95, -95)),
+            "standing": pose(STRAIGHT),
+            "half way down": pose((0, 0, -20, -75)),
+            "bowing to the floor": pose(ON_HEELS, pitch=60),
+            "fallen on its side": pose(UPRIGHT_KNEEL, tip=(80, 0)),
+            "lotus": pose(LOTUS, pitch=-8, abdomen=-75, arm="lap"),
+            "sitting, knees up": pose((-6, 0, -105, -65), pitch=-15, arm="knees"),
+        },
+    ),
+    "lotus": (
+        {
+            "hands on the knees": pose(LOTUS, pitch=-8, abdomen=-75, arm="knees"),
+            "in the lap": pose(LOTUS, pitch=-8, abdomen=-75, arm="lap"),
+            "arms raised": pose(LOTUS, pitch=-8, abdomen=-75, arm="raised"),
+            "tighter": pose((0, -60, -60, -155), pitch=-8, abdomen=-75, arm="knees"),
+            "knees lower": pose((-25, -60, -40, -143), pitch=-8, abdomen=-75, arm="knees"),
+            "knees lowest": pose((-25, -60, -20, -155), pitch=-8, abdomen=-75, arm="knees"),
+            "half open": pose((-15, -60, -40, -143), pitch=-8, abdomen=-75, arm="knees"),
+            "from the side": pose(LOTUS, pitch=-8, abdomen=-75, arm="lap", heading=80),
+            "leaning": pose(LOTUS, pitch=-4, abdomen=-72, tip=(4, 0), arm="knees"),
+            "uneven": pose((0, -60, -55, -150), (-5, -58, -60, -143), pitch=-8, abdomen=-75, arm="knees"),
+        },
+        {
+            "in the air": pose(LOTUS, pitch=-8, abdomen=-75, lift=0.15, arm="knees"),
+            "knees up": pose((-6, 0, -105, -65), pitch=-15, arm="knees"),
+            "one leg out": pose(LOTUS, (0, 0, -20, -3), pitch=-8, abdomen=-75, arm="knees"),
+            "knees together": pose((0, 0, -45, -143), pitch=-8, abdomen=-75, arm="knees"),
+            "knees high": pose((0, -30, -80, -120), pitch=-8, abdomen=-40, arm="lap"),
+            "splits": pose(SPLITS, pitch=-3, abdomen=-14),
+            "feet out": pose((0, -60, -60, -70), pitch=-8, abdomen=-75, arm="knees"),
+            "on the heels": pose(ON_HEELS),
+            "on its back": pose(LOTUS, pitch=-80, abdomen=-20),
+            "standing": pose(STRAIGHT),
+            "a straddle": pose((-25, -20, -80, -5), pitch=-3),
+            "just above the floor": pose(LOTUS, pitch=-8, abdomen=-75, arm="knees", lift=0.03),
+            "only the knees high": pose((-10, -40, -100, -155), pitch=20, abdomen=-75, arm="knees"),
+            "only the thighs together": pose((-25, 35, -80, -155), pitch=-30, abdomen=-20, arm="knees"),
+            "off its seat": pose((-25, -40, -20, -143), pitch=40, abdomen=-75, arm="knees"),
+            "lying back": pose(LOTUS, pitch=-50, abdomen=-33, arm="knees"),
+        },
+    ),
+    "standing": (STANDING, NOT_STANDING),
+    "arms-raised": arms_of(
+        [("raised", None), ((80, -10, -80), None), ((84, -24, -85), None)],
+        [
+            ("down", None),
+            ("sideways", None),
+            ("forward", None),
+            ("start", None),
+            ("half up", None),
+            ("raised", "down"),
+            ("raised", "sideways"),
+            ("half up", "raised"),
+            ("face", None),
+            ("hips", None),
+        ],
+    ),
+    "splits": (
+        {
+            "arms sideways": pose(SPLITS, pitch=-3, abdomen=-14, arm="sideways"),
+            "arms down": pose(SPLITS, pitch=-3, abdomen=-14),
+            "arms raised": pose(SPLITS, pitch=-3, abdomen=-14, arm="raised"),
+            "in the lap": pose(SPLITS, pitch=-3, abdomen=-14, arm="lap"),
+            "knees straighter": pose((-25, -60, -65, -3), pitch=-3, abdomen=-14),
+            "narrower": pose((-25, -50, -65, -9), pitch=-3, abdomen=-14),
+            "leaning forward": pose(SPLITS, pitch=10, abdomen=-25, arm="sideways"),
+            "from behind": pose(SPLITS, pitch=-3, abdomen=-14, heading=180),
+            "knees a little bent": pose((-25, -60, -72, -20), pitch=-3, abdomen=-14),
+            "uneven": pose(SPLITS, (-22, -55, -65, -9), pitch=-3, abdomen=-14),
+        },
+        {
+            "in the air": pose(SPLITS, pitch=-3, abdomen=-14, lift=0.15),
+            "narrow": pose((-25, -20, -80, -5), pitch=-3, abdomen=-14),
+            "one leg ahead": pose(SPLITS, (0, 0, -80, -3), pitch=-3),
+            "knees bent": pose((-25, -60, -65, -80), pitch=-3, abdomen=-14),
+            "half way down": pose((-25, -30, -32, -5)),
+            "standing, feet apart": pose((-25, 0, 0, -2)),
+            "on its back": pose(SPLITS, pitch=-80, abdomen=-14),
+            "lotus": pose(LOTUS, pitch=-8, abdomen=-75),
+            "legs lifted": pose((-25, -60, -90, -5), pitch=-30, abdomen=0),
+            "kneeling wide": pose((-25, 0, -10, -104)),
+            "just above the floor": pose(SPLITS, pitch=-3, abdomen=-14, lift=0.03),
+            "seat off the floor": pose((-25, -60, -45, -30), pitch=55, abdomen=-60, arm="sideways"),
+            "chest to the floor": pose((-25, -60, -80, -30), pitch=62, abdomen=-75, arm="sideways"),
+            "only the knees bent": pose((-25, -60, -90, -75), pitch=-3, abdomen=-14, arm="sideways"),
+            "only one leg sideways": pose(SPLITS, (0, 0, -70, -40), pitch=-20, abdomen=-20, arm="sideways"),
+        },
+    ),
+    "hands-on-hips": arms_of(
+        [("hips", None), ((-45, 74, -8), None), ((-52, 80, -3), None)],
+        [
+            ("down", None),
+            ("bent", None),
+            ("lap", None),
+            ("hips", "down"),
+            ("bent", "hips"),
+            ("knees", None),
+            ("raised", None),
+            ("forward", None),
+            ("touching", None),
+            ("sideways", None),
+        ],
+    ),
+    "arms-crossed": arms_of(
+        [("across", "under"), ("under", "across"), ((74, -59, 6), (-59, -19, -34))],
+        [
+            ("touching", None),
+            ("forward", None),
+            ("down", None),
+            ("hips", None),
+            ("lap", None),
+            ("across", "down"),
+            ("down", "across"),
+            ("raised", None),
+            ("start", None),
+            ((-60, -42, -90), None),
+        ],
+    ),
+    "one-leg": (
+        {
+            "knee up": pose(STRAIGHT, (0, 0, -75, -100)),
+            "other knee up": pose((0, 0, -75, -100), STRAIGHT, arm="sideways"),
+            "foot behind": pose(STRAIGHT, (0, 0, 0, -110)),
+            "other foot behind": pose((0, 0, 0, -110), STRAIGHT, heading=90),
+            "knee out": pose(STRAIGHT, (-25, -40, -60, -120)),
+            "arms raised": pose(STRAIGHT, (0, 0, -75, -100), arm="raised"),
+            "from behind": pose(STRAIGHT, (0, 0, -75, -100), heading=180),
+            "leg ahead": pose(STRAIGHT, (0, 0, -60, -5), arm="sideways"),
+            "weight over the foot": pose(STRAIGHT, (0, 0, -75, -100), tip=(-4, 0)),
+            "knee a little bent": pose((0, 0, -12, -25), (0, 0, -75, -100)),
+        },
+        {
+            "both feet": pose(STRAIGHT),
+            "feet apart": pose((-20, 0, 0, -2)),
+            "a stride": pose((-4, 0, -25, -12), (-4, 0, 12, -12)),
+            "hopping": pose(STRAIGHT, (0, 0, -75, -100), lift=0.1),
+            "hardly lifted": pose(STRAIGHT, (0, 0, -15, -32)),
+            "tipping over": pose(STRAIGHT, (0, 0, -75, -100), tip=(0, 20)),
+            "tipping sideways": pose(STRAIGHT, (0, 0, -75, -100), tip=(14, 0)),
+            "on one knee": pose((0, 0, -85, -85), UPRIGHT_KNEEL),
+            "squatting on one leg": pose(SQUAT, (0, 0, -100, -3), pitch=25),
+            "kneeling": pose(UPRIGHT_KNEEL),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("task", POSED)
+def test_a_criterion_tells_the_states_that_meet_it_from_those_that_miss_it(task):
+    meeting, missing = POSED[task]
+    missing = missing | {f"wrong for all: {name}": state for name, state in WRONG_FOR_ALL.items()}
+    assert len(meeting) >= 10 and len(missing) >= 10
+    for states, expected in ((meeting, 1.0), (missing, 0.0)):
+        judged = meets(TASKS[task][1], HUMANOID.model, np.stack(list(states.values())))
+        wrong = [name for name, met in zip(states, judged, strict=True) if met != expected]
+        assert not wrong, f"{'missed' if expected else 'met'}: {wrong}"
+
+
+def test_the_sweeps_end_in_the_goal_state_and_start_outside():
+    for task in POSED:
+        sweep = reward_only_eval.make_sweep(task, 11, HUMANOID)
+        labels = meets(TASKS[task][1], HUMANOID.model, sweep.qpos)
+        assert labels[-1] == 1 and labels[0] == 0, task
+
+
+# ---- EPIC and the other figures
+
+
+def test_epic_distance_is_its_definition():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 50).astype(float)
+    rewards = labels + rng.normal(size=50)
+    rho = np.corrcoef(rewards, labels)[0, 1]
+    assert epic_distance(rewards, labels) == pytest.approx(math.sqrt((1 - rho) / 2), abs=1e-12)
+    assert epic_distance(3 * labels - 7, labels) == pytest.approx(0, abs=1e-7)
+    assert epic_distance(-labels, labels) == pytest.approx(1)
+
+
+def test_epic_distance_is_that_of_canonicalised_rewards_of_transitions():
+    """EPIC by brute force, from its definition (Gleave et al. 2021), on all transitions of 6 states and 3 actions."""
+    rng, gamma, n_states, n_actions = np.random.default_rng(1), 0.9, 6, 3
+    p_state, p_action = rng.dirichlet(np.ones(n_states)), rng.dirichlet(np.ones(n_actions))
+    coverage = rng.dirichlet(np.ones(n_states * n_actions * n_states)).reshape(n_states, n_actions, n_states)
+    states = range(n_states)
+
+    def canonical(reward):  # [s, a, s'] -> R + E[gamma R(s', A, S') - R(s, A, S') - gamma R(S, A, S')]
+        ahead = np.einsum("sat,a,t->s", reward, p_action, p_state)  # E R(s, A, S')
+        mean = ahead @ p_state
+        return np.array(
+            [
+                [
+                    [reward[s, a, t] + gamma * ahead[t] - ahead[s] - gamma * mean for t in states]
+                    for a in range(n_actions)
+                ]
+                for s in states
+            ]
+        )
+
+    def distance(a, b):  # Pearson distance under the coverage distribution
+        a, b = (x - (coverage * x).sum() for x in (canonical(a), canonical(b)))
+        rho = (coverage * a * b).sum() / math.sqrt((coverage * a**2).sum() * (coverage * b**2).sum())
+        return math.sqrt((1 - rho) / 2)
+
+    value, goal, potential = rng.normal(size=n_states), np.array([0, 0, 1, 0, 1, 1.0]), rng.normal(size=n_states)
+    of_next = lambda x: np.broadcast_to(x, coverage.shape)  # noqa: E731  a reward of the state after the step
+    count = 200_000  # frames as they would be met: s' drawn from the coverage distribution
+    frames = np.repeat(np.arange(n_states), np.round(coverage.sum((0, 1)) * count).astype(int))
+    assert epic_distance(value[frames], goal[frames]) == pytest.approx(
+        distance(of_next(value), of_next(goal)), abs=1e-4
+    )
+    shaped = of_next(value) + gamma * potential[None, None, :] - potential[:, None, None]
+    assert distance(shaped, of_next(goal)) == pytest.approx(distance(of_next(value), of_next(goal)), abs=1e-9)
+
+
+def variant(rewards, scores=None, cut=None):
+    rewards = np.asarray(rewards, np.float32)
+    return reward_only_eval.Variant("model", 1, 0.0, "goal", "{}", rewards, rewards if scores is None else scores, cut)
+
+
+def source(labels, episodes=None, kind="frames"):
+    labels, n = np.asarray(labels, float), len(labels)
+    episodes = np.zeros(n, int) if episodes is None else np.asarray(episodes)
+    return Source(kind, kind, labels, episodes, np.arange(n), progress=np.arange(n), position=np.arange(n))
+
+
+@pytest.mark.filterwarnings("error")  # scipy and scikit-learn warn before they return a NaN
+def test_ties_constants_and_one_class_are_notes_not_nans():
+    for labels, rewards, undefined, note in (
+        ([0, 0, 1, 1], [0.5] * 4, {"pearson", "epic"}, "the reward is the same"),
+        ([0, 0, 1, 1], np.float32(0.5) + np.arange(4) * 1e-8, {"pearson", "epic"}, "the reward is the same"),
+        ([1, 1, 1, 1], [1, 2, 3, 4], set(reward_only_eval.FIGURES), "All of the 4 labelled frames are the goal state"),
+        ([0, 0, 0, 0], [1, 2, 3, 4], set(reward_only_eval.FIGURES), "None of the 4 labelled frames"),
+        ([0.3] * 4, [1, 2, 3, 4], set(reward_only_eval.FIGURES), "All labels are the same"),
+        (
+            [0.1, 0.4, 0.4, 0.9],
+            [1, 2, 3, 4],
+            {"roc_auc", "average_precision", "false_positive_rate"},
+            "--label-threshold",
+        ),
+        ([0, 1, 1, 0], [1, 1, 2, 2], set(), "one episode"),
+        ([math.nan] * 4, [1, 2, 3, 4], None, "No frame has a label"),
+    ):
+        v = variant(rewards)
+        _, notes, _ = reward_only_eval.judge([v], [source(labels)], Args(goal=("goal",)))
+        assert any(note in n for n in notes), (note, notes)
+        assert undefined is None or {name for name, value in v.figures.items() if value is None} == undefined, labels
+        assert all(value is None or math.isfinite(value) for value in v.figures.values())
+        assert not v.intervals
+    assert v.figures == {}
+    tied = variant([1, 1, 2, 2])
+    reward_only_eval.judge([tied], [source([0, 1, 1, 0])], Args(goal=("goal",)))
+    assert tied.figures["roc_auc"] == 0.5 and tied.figures["pearson"] == pytest.approx(0, abs=1e-9)
+
+
+def test_graded_labels_count_as_they_are_and_as_classes_above_a_threshold():
+    labels, rewards = [0.0, 0.2, 0.7, 0.9], [1.0, 3.0, 2.0, 4.0]
+    v = variant(rewards)
+    reward_only_eval.judge([v], [source(labels)], Args(goal=("goal",), label_threshold=0.5))
+    assert v.figures["pearson"] == pytest.approx(np.corrcoef(labels, rewards)[0, 1])
+    assert v.figures["roc_auc"] == roc_auc_score([0, 0, 1, 1], rewards) == 0.75
+
+
+def test_the_false_positive_rate_is_at_the_threshold_in_use():
+    labels, p = np.array([0, 0, 0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.2, 0.9, 0.3])
+    v = variant(p > 0.5, p, 0.5)  # a binary reward
+    reward_only_eval.judge([v], [source(labels)], Args(goal=("goal",), reward="binary"))
+    assert v.figures["false_positive_rate"] == 0.25  # only 0.6 is above
+    assert v.figures["pearson"] == pytest.approx(np.corrcoef(p > 0.5, labels)[0, 1])  # of what is trained on
+    assert v.figures["roc_auc"] == roc_auc_score(labels, p)  # of what is cut
+    v = variant([0.1, 0.2, 0.3, 0.7, 0.7, 0.9])  # the highest F1 takes the upper three
+    reward_only_eval.judge([v], [source(labels)], Args(goal=("goal",)))
+    assert v.figures["false_positive_rate"] == 0.25
+
+
+def test_intervals_are_over_episodes_so_that_more_frames_of_the_same_do_not_narrow_them():
+    rng = np.random.default_rng(0)
+    labels, rewards = rng.integers(0, 2, 40), rng.normal(size=40)
+    rewards += labels
+    widths = []
+    for repeat in (1, 25):
+        v, episodes = variant(np.repeat(rewards, repeat)), np.repeat(np.arange(20), 2 * repeat)
+        frames = source(np.repeat(labels, repeat), episodes)
+        sweep = source([0.0, 1.0], kind="sweep")  # before the frames, and no part of the figures
+        v.rewards = v.scores = np.concatenate([[90, -90], v.rewards]).astype(np.float32)
+        reward_only_eval.judge([v], [sweep, frames], Args(goal=("goal",), bootstrap=200))
+        low, high = v.intervals["pearson"]
+        assert low < v.figures["pearson"] < high
+        low, high = v.intervals["roc_auc"]
+        assert low < v.figures["roc_auc"] == roc_auc_score(labels, rewards.astype(np.float32)) < high
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.01) and widths[0] > 0.1
+
+
+def test_success_is_half_of_an_episodes_steps_in_the_goal_state():
+    labels = [1, 1, 0, 0] + [1, 0, 0, 0] + [1, 1, 1, 1]
+    v = variant(np.arange(12))
+    success, _, _ = reward_only_eval.judge(
+        [v], [source(labels, np.repeat([0, 1, 2], 4), "rollout")], Args(goal=("goal",))
+    )
+    assert success[0]["episodes"] == 3 and success[0]["successes"] == 2 and success[0]["goal_states"] == 7 / 12
+    assert success[0]["interval"][0] < 2 / 3 < success[0]["interval"][1] < 1
+
+
+def test_the_probability_is_the_one_that_the_binary_reward_cuts():
+    frames, text = (
+        torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(i).normal(size=(n, 8))), dim=1)
+        for i, n in ((0, 500), (1, 5))
+    )
+    p = goal_probability(frames, text[:2], text[2:], 0.1)
+    assert (
+        torch.equal((p > 0.4).float(), binary_reward(frames, text[:2], text[2:], 0.1, 0.4))
+        and 0.1 < (p > 0.4).float().mean() < 0.9
+    )
+
+
+# ---- states and frames
+
+
+def test_sweeps_move_what_they_name():
+    pendulum = gym.make("InvertedPendulum-v5").unwrapped
+    sweep = reward_only_eval.make_sweep("pole", 21, pendulum)
+    np.testing.assert_allclose(sweep.qpos[:, 1], np.linspace(-math.pi / 2, math.pi / 2, 21))
+    assert (sweep.qpos[:, 0] == 0).all() and sweep.progress.argmax() == 10 and "rad" in sweep.axis
+    labels = meets(TASKS["pole"][1], pendulum.model, sweep.qpos)
+    np.testing.assert_array_equal(labels == 1, np.abs(sweep.position) <= 0.2)
+    sweep = reward_only_eval.make_sweep("slider:-0.5:1", 4, pendulum)
+    np.testing.assert_allclose(sweep.qpos[:, 0], [-0.5, 0, 0.5, 1])
+    assert sweep.axis == "slider, m"
+    sweep = reward_only_eval.make_sweep("root_z:1:2", 3, HUMANOID)
+    np.testing.assert_allclose(sweep.qpos[:, 2], [1, 1.5, 2])
+    np.testing.assert_allclose(
+        sweep.qpos[:, [0, 1, *range(3, 24)]], HUMANOID.init_qpos[[0, 1, *range(3, 24)]][None].repeat(3, 0)
+    )
+    sweep = reward_only_eval.make_sweep("root_pitch:0:1.5707963", 3, HUMANOID)
+    data = mujoco.MjData(HUMANOID.model)
+    data.qpos[:] = sweep.qpos[-1]
+    mujoco.mj_forward(HUMANOID.model, data)
+    np.testing.assert_allclose(data.body("torso").xmat[[2, 5, 8]], [1, 0, 0], atol=1e-6)  # it lies on its front
+    sweep = reward_only_eval.make_sweep("left_knee:-2:0", 3, HUMANOID)
+    address = HUMANOID.model.joint("left_knee").qposadr[0]
+    assert (sweep.qpos[:, address] == [-2, -1, 0]).all() and "rad" in sweep.axis
+
+
+class FakeRenderer:
+    """Stands in for SceneRenderer where this process must not start OpenGL; the last joint is a frame's brightness."""
+
+    made = []
+
+    def __init__(self, xml_path, size, **scene):
+        self.size = size
+        FakeRenderer.made.append(size)
+
+    def __call__(self, qpos):
+        return np.full((*self.size, 3), int(np.clip(128 + 60 * qpos[-1], 0, 255)), np.uint8)
+
+    def close(self):
+        pass
+
+
+def judge_in_process(monkeypatch, tmp_path, **flags):
+    monkeypatch.setattr(reward_only_eval, "SceneRenderer", FakeRenderer)
+    FakeRenderer.made = []
+    flags = {"clip": (TINY_CLIP,), "device": "cpu", "out_dir": tmp_path / "report", "bootstrap": 20, **flags}
+    evaluate_reward(Args(**flags))
+    return json.loads((tmp_path / "report" / "results.json").read_text())
+
+
+def test_each_frame_is_rendered_and_encoded_once_whatever_is_judged(monkeypatch, tmp_path):
+    encoded, encode = [], reward_only_eval.CLIP.encode_images
+    monkeypatch.setattr(
+        reward_only_eval.CLIP, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x)
+    )
+    results = judge_in_process(
+        monkeypatch,
+        tmp_path,
+        env_id="InvertedPendulum-v5",
+        sweep=("hinge:-1:1", "pole"),
+        task="pole",
+        sweep_points=300,
+        bootstrap=0,
+        goal=("a pole", "a rod"),
+        alpha=(0.0, 0.5, 1.0),
+        template=("{}", "one {}"),
+        clip=(TINY_CLIP, str(ROOT / "tests/../tests/tiny_clip")),
+    )
+    assert sum(encoded) == 2 * 600 and max(encoded) <= 256  # two models; streamed
+    assert FakeRenderer.made.count((96, 96)) == 1  # for both
+    assert len(results["rewards"]) == 2 * 2 * 3 * 3  # models, wordings, alphas; both templates averaged, and each alone
+    assert {r["template"] for r in results["rewards"]} == {"{}", "one {}", "mean of 2"}
+    assert (tmp_path / "report" / "scale.png").stat().st_size > 5000
+
+
+def test_models_of_different_input_sizes_get_frames_of_their_own_size(monkeypatch, tmp_path):
+    config = json.loads((Path(TINY_CLIP) / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = 64
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "open_clip_config.json").write_text(json.dumps(config))
+    weights = open_clip.model.CLIP(**config["model_cfg"]).state_dict()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        tmp_path / "small" / "open_clip_model.safetensors",
+    )
+    seen, encode = set(), reward_only_eval.CLIP.encode_images
+    monkeypatch.setattr(
+        reward_only_eval.CLIP, "encode_images", lambda self, x: seen.add((self.size, x.shape[1:3])) or encode(self, x)
+    )
+    judge_in_process(
+        monkeypatch,
+        tmp_path,
+        env_id="InvertedPendulum-v5",
+        sweep=("pole",),
+        sweep_points=5,
+        goal=("a pole",),
+        clip=(TINY_CLIP, str(tmp_path / "small")),
+    )
+    assert seen == {((96, 96), (96, 96)), ((64, 64), (64, 64))}
+    assert (
+        FakeRenderer.made.count((96, 96)) == FakeRenderer.made.count((64, 64)) - 1 == 1
+    )  # and 64 px to try the renderer
+
+
+def test_a_binary_reward_competes_with_its_negatives_but_not_with_itself(monkeypatch, tmp_path):
+    clip = reward_only_eval.CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+    states = reward_only_eval.make_sweep("pole", 101, gym.make("InvertedPendulum-v5").unwrapped).qpos
+    frames = clip.encode_images(np.stack([FakeRenderer(None, (96, 96))(state) for state in states]))
+    text = clip.encode_text(["a pole", "a rod"])
+    threshold = goal_probability(frames, text[:1], text[1:], 0.05).median().item()  # half of the rewards are 1
+    flags = dict(env_id="InvertedPendulum-v5", sweep=("pole",), task="pole", goal=("a pole",), reward="binary")
+    flags |= dict(negatives=("a rod", "a pole"), temperature=0.05, threshold=threshold)
+    results = judge_in_process(monkeypatch, tmp_path, **flags)
+    (reward,) = results["rewards"]
+    assert reward["threshold"] == threshold and reward["alpha"] is None and reward["figures"]["roc_auc"] is not None
+    with open(tmp_path / "report" / "rewards.csv") as file:
+        rewards = [float(row[-1]) for row in list(csv.reader(file))[1:]]
+    expected = binary_reward(frames, text[:1], text[1:], 0.05, threshold)[:, 0].numpy()
+    assert (
+        np.mean(np.array(rewards) == expected) > 0.97 and 0.4 < expected.mean() < 0.6
+    )  # but for the one at the threshold
+
+
+def write_frames(folder, count=12):
+    folder.mkdir()
+    for i in range(count):
+        frame = np.full((96, 96, 3), 20 * i, np.uint8)
+        Image.fromarray(frame).save(folder / f"{i:02d}.png")
+
+
+def test_images_and_videos_with_labels(monkeypatch, tmp_path):
+    write_frames(tmp_path / "images")
+    rows = [f"{i:02d}.png,{int(i > 5)},{'abc'[i // 4]}" for i in range(11)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label,episode", *rows]))
+    results = judge_in_process(
+        monkeypatch, tmp_path, frames=tmp_path / "images", labels=tmp_path / "labels.csv", goal=("a robot",)
+    )
+    assert results["labelled_frames"] == 11 and results["goal_share"] == pytest.approx(5 / 11)
+    assert any("1 frames without a label" in note for note in results["notes"])
+    assert any("only 3 episodes" in note for note in results["notes"])
+    with open(tmp_path / "report" / "rewards.csv") as file:
+        header, *table = csv.reader(file)
+    assert header[:5] == ["source", "episode", "step", "position", "label"] and len(table) == 12
+    assert Path(table[7][0]).name == "07.png" and table[7][1:5] == ["1", "7", "", "1"] and table[11][4] == ""
+
+    video = tmp_path / "video.mp4"
+    imageio.mimsave(video, [np.full((64, 96, 3), 20 * i, np.uint8) for i in range(12)], fps=10, macro_block_size=1)
+    (tmp_path / "labels.csv").write_text("0,0\n3,0.25\n11,1\n")
+    results = judge_in_process(monkeypatch, tmp_path, frames=video, labels=tmp_path / "labels.csv", goal=("a robot",))
+    assert results["labelled_frames"] == 3 and any("graded" in note for note in results["notes"])
+    assert any("square" in note for note in results["notes"])
+    assert results["rewards"][0]["figures"]["pearson"] is not None
+
+
+# ---- whole runs
+
+
+def run(*flags, script="reward_only_eval.py"):
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_the_readmes_command_leaves_a_report_that_holds_everything(tmp_path):
+    result = run(
+        "--clip",
+        TINY_CLIP,
+        "--task",
+        "kneeling",
+        "--sweep",
+        "kneeling",
+        "--alpha",
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        "--out-dir",
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "frames/s" in result.stderr and str(tmp_path / "report.html") in result.stdout
+    assert "alpha 0.75" in result.stdout and "one episode" in result.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["alpha"] for r in results["rewards"]] == [0, 0.25, 0.5, 0.75, 1]
+    for reward in results["rewards"]:
+        assert reward["figures"]["roc_auc"] > 0.9 and reward["rank_correlation"]["sweep kneeling"] > 0.85
+        assert not reward["intervals"]
+    page = (tmp_path / "report.html").read_text()
+    for name in ("landscapes", "precision_recall", "histograms", "contact_sheet"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 10
+        assert f"alt='{name}' src='data:image/png;base64," in page
+    assert "http" not in page.replace("data:image", "") and "@media print" in page and "Both knees within" in page
+    with open(tmp_path / "rewards.csv") as file:
+        assert len(list(csv.reader(file))) == 1 + 101
+
+
+def test_a_saved_state_has_the_reward_that_training_computed(tmp_path):
+    """With the run's own flags, read from its folder: another camera, alpha, templates and size than the defaults."""
+    flags = (
+        "--clip",
+        TINY_CLIP,
+        "--num-envs",
+        2,
+        "--episode-length",
+        25,
+        "--total-timesteps",
+        50,
+        "--learning-starts",
+        1000,
+        "--eval-every",
+        50,
+        "--eval-episodes",
+        3,
+        "--no-video",
+        "--camera-distance",
+        3,
+        "--camera-azimuth",
+        170,
+        "--alpha",
+        0.5,
+        "--template",
+        "{}",
+        "a picture of {}",
+        "--render-size",
+        120,
+        "--no-camera-follow",
+        "--device",
+        "cpu",
+    )
+    result = run(*flags, "--run-dir", tmp_path / "run", script="sac_vlmrm.py")
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "run" / "rollouts").glob("*.npz")
+    result = run("--rollouts", path, "--out-dir", tmp_path / "report")
+    assert result.returncode == 0, result.stderr
+    recorded = np.load(path)["clip_rewards"]
+    with open(tmp_path / "report" / "rewards.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == recorded.size == 75
+    (name,) = (column for column in rows[0] if column.startswith("alpha 0.5") and "template 1" in column)
+    np.testing.assert_allclose([float(row[name]) for row in rows], recorded.ravel(), atol=1e-4)
+    assert [(row["episode"], row["step"]) for row in rows] == [(str(e), str(t)) for e in range(3) for t in range(25)]
+    alone = [float(row[next(c for c in rows[0] if "template 2" in c)]) for row in rows]
+    assert np.abs(alone - recorded.ravel()).max() > 1e-3  # one template alone is another reward
+    assert "those of alpha 0.5, template 1 here" in result.stdout and "0 of 75 labelled" in result.stdout
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["args"]["task"] == "kneeling" and results["success"][0]["episodes"] == 3
+
+
+def save_rollout(path, env_id="Humanoid-v5", nq=24, **changes):
+    arrays = {"qpos": np.zeros((2, 5, nq)), "lengths": np.array([5, 3]), "env_id": env_id, "goal": "x"}
+    np.savez(path, **{name: value for name, value in {**arrays, **changes}.items() if value is not None})
+
+
+def test_frames_after_the_end_of_an_episode_are_dropped(tmp_path):
+    qpos = np.arange(2 * 5 * 24.0).reshape(2, 5, 24)
+    save_rollout(tmp_path / "a.npz", qpos=qpos, clip_rewards=np.arange(10.0).reshape(2, 5))
+    loaded = reward_only_eval.load_rollout(tmp_path / "a.npz", "Humanoid-v5", HUMANOID.model)
+    assert loaded.episodes.tolist() == [0] * 5 + [1] * 3 and loaded.steps.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    np.testing.assert_array_equal(loaded.qpos, np.concatenate([qpos[0], qpos[1, :3]]))
+    np.testing.assert_array_equal(loaded.recorded, [0, 1, 2, 3, 4, 5, 6, 7])
+
+
+BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
+    "nothing": ("--task kneeling", "--rollouts"),
+    "missing rollout": ("--rollouts {}/no.npz", "no.npz"),
+    "no rollout": ("--rollouts {}/text.npz", "text.npz"),
+    "another environment": ("--rollouts {}/hopper.npz --env-id Humanoid-v5", "Hopper-v5"),
+    "two environments": ("--rollouts {}/humanoid.npz {}/hopper.npz --goal x", "one environment"),
+    "no states": ("--rollouts {}/blind.npz --goal x", "--frames"),
+    "states of another size": ("--rollouts {}/small.npz --goal x", "24"),
+    "states not finite": ("--rollouts {}/nan.npz --goal x", "finite"),
+    "wrong task for the robot": ("--rollouts {}/hopper.npz --task kneeling --goal x", "kneeling is a task of Humanoid"),
+    "missing frames": ("--frames {}/none --goal x", "none"),
+    "no images": ("--frames {}/empty --goal x", "no images"),
+    "unreadable image": ("--frames {}/broken --goal x", "a.png"),
+    "unreadable video": ("--frames {}/text.npz --goal x", "no video"),
+    "missing labels": ("--frames {}/images --goal x --labels {}/no.csv", "no.csv"),
+    "labels without frames": ("--sweep pole --labels {}/x.csv", "--frames"),
+    "label of no frame": ("--frames {}/images --goal x --labels {}/other.csv", "99.png"),
+    "label that is no number": ("--frames {}/images --goal x --labels {}/word.csv", "no number"),
+    "two labels": ("--frames {}/images --goal x --labels {}/twice.csv", "already"),
+    "no labels": ("--frames {}/images --goal x --labels {}/header.csv", "holds no labels"),
+    "empty sweep": ("--env-id InvertedPendulum-v5 --sweep hinge:1:1 --goal x", "empty sweep"),
+    "sweep of one": ("--sweep kneeling --sweep-points 1", "--sweep-points"),
+    "sweep of no joint": ("--env-id InvertedPendulum-v5 --sweep knee:0:1 --goal x", "slider, hinge"),
+    "sweep of nothing": ("--sweep knelling", "kneeling"),
+    "sweep of another robot": ("--env-id Ant-v5 --sweep kneeling", "Humanoid"),
+    "not MuJoCo": ("--env-id CartPole-v1 --sweep x:0:1 --goal x", "no MuJoCo"),
+    "environment": ("--env-id Humanoid-v55 --sweep kneeling", "Humanoid-v5"),
+    "task": ("--sweep kneeling --task knelling", "one-leg"),
+    "no goal": ("--env-id Ant-v5 --sweep root_z:0:1", "--goal"),
+    "alpha": ("--sweep kneeling --alpha 0 1.5", "--alpha"),
+    "goal is baseline": ("--sweep kneeling --goal x y --baseline x --alpha 0 0.5", "--baseline"),
+    "template": ("--sweep kneeling --template photo", "--template"),
+    "no negatives": ("--sweep kneeling --reward binary", "--negatives"),
+    "tags": ("--sweep kneeling --clip-pretrained a b", "--clip-pretrained"),
+    "clip": ("--sweep kneeling --clip ViT-L-41", "ViT-L-14"),
+    "long prompt": (f"--sweep kneeling --goal '{'word ' * 60}'", "too long"),
+    "device": ("--sweep kneeling --device cuda", "--device cpu"),
+    "folder": (f"--sweep kneeling --clip {TINY_CLIP} --out-dir /dev/null/x", "--out-dir"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    write_frames(folder / "images")
+    for name in ("empty", "broken"):
+        (folder / name).mkdir()
+    for name in ("text.npz", "broken/a.png"):
+        (folder / name).write_text("nothing of the kind")
+    for name, text in {
+        "other": "99.png,1",
+        "word": "00.png,1\n01.png,yes",
+        "twice": "00.png,1\n0,1",
+        "header": "file,label",
+    }.items():
+        (folder / f"{name}.csv").write_text(text)
+    save_rollout(folder / "humanoid.npz")
+    save_rollout(folder / "hopper.npz", "Hopper-v5", 6)
+    save_rollout(folder / "small.npz", nq=7)
+    save_rollout(folder / "blind.npz", "CartPole-v1", qpos=None)
+    save_rollout(folder / "nan.npz", qpos=np.full((2, 5, 24), np.nan))
+    return folder
+
+
+@pytest.mark.parametrize("flags,named", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_status_2(flags, named, bad_files, monkeypatch, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    clip = [] if "--clip " in flags else ["--clip", TINY_CLIP]
+    monkeypatch.setattr(sys, "argv", ["reward_only_eval.py", *shlex.split(flags.replace("{}", str(bad_files))), *clip])
+    monkeypatch.setattr(reward_only_eval, "SceneRenderer", FakeRenderer)
+    monkeypatch.setattr(reward_only_eval, "encode", lambda *_: pytest.fail("something slow started"))
+    with pytest.raises(SystemExit) as end:
+        evaluate_reward(reward_only_eval.read_flags())
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and named in lines[0], lines
+
+
+def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    result = run("--frames", tmp_path / "none", "--goal", "x")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none" in result.stderr, result.stderr
