@@ -169,6 +169,8 @@ class Args:
     """lower the learning rate linearly to 0 at --total-timesteps, so that a short run ends in a steady policy"""
     gamma: float = 0.95
     """discount factor"""
+    n_step: int = 1
+    """steps of reward before the critics' own estimate; several let a fast simulation's slow mistakes be seen sooner"""
     tau: float = 0.005
     """share of the critics that moves into their targets at each update"""
     buffer_size: int = 1_000_000
@@ -701,11 +703,10 @@ class SAC(nn.Module):
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_states)
             next_q = self.critic_target(next_states, next_actions).min(0).values - ent_coef * next_log_prob
-            # `terminated` is 0 at a time limit: a truncated episode is bootstrapped from its real last state.
-            terminated = batch["terminated"]
+            discounts = batch["discounts"]
             if self.args.terminate_on_success:
-                terminated = torch.maximum(terminated, batch["rewards"])  # success at the batch's goal, swapped or not
-            target = batch["rewards"] + self.args.gamma * (1.0 - terminated) * next_q  # [B]
+                discounts = discounts * (1.0 - batch["rewards"])  # success at the batch's goal, swapped or not
+            target = batch["rewards"] + discounts * next_q  # [B]
         q = self.critic(states, batch["actions"])  # [2, B]
         critic_loss = (q - target).square().mean(1).sum()
         self.step("critic", critic_loss)
@@ -734,6 +735,24 @@ class SAC(nn.Module):
 # ---------------------------------------------------------------- the replay buffer
 
 
+def n_step_returns(rewards, next_states, terminated, ended, gamma, n):
+    """Looks n steps ahead from each step of a phase, or to its episode's end; arrays are [T, N, ...].
+
+    Returns the discounted sums of rewards [T, N, G], the states they lead to [T, N, S], and what the value of those
+    counts [T, N]: gamma to the number of steps, or 0 if the state is terminal. It is not 0 at a time limit: a truncated
+    episode is bootstrapped from its real last state.
+    """
+    returns, reached, discounts = rewards.copy(), next_states.copy(), gamma * (1.0 - terminated)
+    goes_on = ~ended
+    for k in range(1, min(n, len(ended))):
+        here = goes_on[:-k]  # the episode of step t has a step t + k
+        returns[:-k][here] += gamma**k * rewards[k:][here]
+        reached[:-k][here] = next_states[k:][here]
+        discounts[:-k][here] = gamma ** (k + 1) * (1.0 - terminated[k:][here])
+        goes_on[:-k] &= ~ended[k:]
+    return returns, reached, discounts.astype(np.float32)
+
+
 class ReplayBuffer:
     """The last `capacity` labelled transitions, one row each, on the training device: sampling needs no transfer.
 
@@ -742,7 +761,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity, state_dim, action_dim, device, goals=1):
         self.capacity, self.total, self.saved = capacity, 0, 0  # rows it holds, was ever given, has on disk
-        self.names = ("states", "actions", "rewards", "next_states", "terminated", "goals")
+        self.names = ("states", "actions", "rewards", "next_states", "discounts", "goals")
         self.widths = (state_dim, action_dim, goals, state_dim, 1, 1)
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # memory is taken as it fills
 
@@ -765,7 +784,7 @@ class ReplayBuffer:
             other = (goals + torch.randint(1, n, goals.shape, device=goals.device)) % n
             goals = torch.where(torch.rand(goals.shape, device=goals.device) < relabel, other, goals)
         batch |= {"goals": goals, "rewards": batch["rewards"].gather(1, goals)}
-        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "terminated", "goals")}
+        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "discounts", "goals")}
 
     def save(self, path):
         """Writes the rows that are new since the last call, at most `capacity`, to a ring of twice the capacity.
@@ -1010,6 +1029,8 @@ def train(args):
         fail(f"--ent-coef must be above 0, not {args.ent_coef}")
     if not 0.0 <= args.relabel <= 1.0:
         fail(f"--relabel must be in [0, 1], not {args.relabel}")
+    if args.terminate_on_success and args.n_step > 1:
+        fail("--terminate-on-success needs --n-step 1: with another goal an episode would have ended elsewhere")
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
     run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = args.resume or args.run_dir or Path("runs") / run_name
@@ -1136,8 +1157,10 @@ def train(args):
             clock.append(time.perf_counter())
 
             # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual
-            arrays = dict(states=states, actions=actions, rewards=rewards, next_states=next_states,
-                          terminated=terminated, goals=goals)
+            phase = (rewards, next_states, terminated, ended)
+            returns, reached, discounts = n_step_returns(*phase, args.gamma, args.n_step)
+            arrays = dict(states=states, actions=actions, rewards=returns, next_states=reached, discounts=discounts,
+                          goals=goals)
             labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in arrays.items()}
             buffer.add(**labelled)
             if args.normalize_obs:
@@ -1202,9 +1225,9 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
         advice = "a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs"
-        tqdm.write(f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
-                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps",
-                   file=sys.stderr)
+        message = (f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
+                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps")
+        tqdm.write(message, file=sys.stderr)
 
 
 def parse_args():

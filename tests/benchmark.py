@@ -109,7 +109,7 @@ def main(args):
     buffer = sac_vlmrm.ReplayBuffer(10_000, *dims, device)
     n = 10_000
     rows = dict(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
-                next_states=torch.randn(n, dims[0]), terminated=torch.zeros(n), goals=torch.zeros(n))  # fmt: skip
+                next_states=torch.randn(n, dims[0]), discounts=torch.zeros(n), goals=torch.zeros(n))  # fmt: skip
     buffer.add(**rows)
 
     def update():

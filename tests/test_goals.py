@@ -96,7 +96,7 @@ def test_success_at_the_goal_of_the_batch_ends_the_bootstrapping():
     for q in (agent.critic_target.q1, agent.critic_target.q2):
         q[-1].bias.fill_(50.0)
     batch = dict(states=torch.zeros(8, 3), actions=torch.zeros(8, 2), next_states=torch.zeros(8, 3),
-                 terminated=torch.zeros(8), goals=torch.zeros(8, dtype=torch.int64))  # fmt: skip
+                 discounts=torch.full((8,), 0.9), goals=torch.zeros(8, dtype=torch.int64))  # fmt: skip
     assert agent.update(batch | {"rewards": torch.ones(8)})["critic_loss"] < 10
     assert agent.update(batch | {"rewards": torch.zeros(8)})["critic_loss"] > 2 * 40**2
 

@@ -201,7 +201,7 @@ def test_terminations_are_ignored_unless_asked_for(tmp_path):
 
 def fill(buffer, values):
     x = torch.tensor(values, dtype=torch.float32)
-    buffer.add(states=x[:, None], actions=-x[:, None], rewards=x, next_states=x[:, None] + 1, terminated=x > 100,
+    buffer.add(states=x[:, None], actions=-x[:, None], rewards=x, next_states=x[:, None] + 1, discounts=x > 100,
                goals=torch.zeros(len(x)))  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def test_replay_buffer_wraps_around_and_keeps_the_newest():
     torch.testing.assert_close(batch["next_states"], batch["states"] + 1)  # rows stay together
     torch.testing.assert_close(batch["states"][:, 0], batch["rewards"])
     torch.testing.assert_close(batch["actions"], -batch["states"])
-    torch.testing.assert_close(batch["terminated"], (batch["rewards"] > 100).float())
+    torch.testing.assert_close(batch["discounts"], (batch["rewards"] > 100).float())
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7, 23])
@@ -253,7 +253,7 @@ def make_agent(dtype=torch.float32, **flags):
     agent.make_optimizers()
     rng = np.random.default_rng(0)
     batch = dict(states=rng.normal(size=(16, 3)), actions=rng.uniform(-1, 1, (16, 2)), rewards=rng.normal(size=16),
-                 next_states=rng.normal(size=(16, 3)), terminated=rng.integers(0, 2, 16))  # fmt: skip
+                 next_states=rng.normal(size=(16, 3)), discounts=0.9 * rng.integers(0, 2, 16))  # fmt: skip
     batch = {name: torch.tensor(value, dtype=dtype) for name, value in batch.items()}
     return agent, batch | {"goals": torch.zeros(16, dtype=torch.int64)}
 
@@ -277,7 +277,7 @@ def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
     with torch.no_grad():
         action, log_prob = policy(batch["next_states"])
         value = torch.minimum(*(q(net, batch["next_states"], action) for net in (target1, target2))) - ent_coef * log_prob
-        y = torch.where(batch["terminated"] == 1, batch["rewards"], batch["rewards"] + gamma * value)
+        y = torch.where(batch["discounts"] == 0, batch["rewards"], batch["rewards"] + gamma * value)
     for net in (q1, q2):
         loss = torch.nn.functional.mse_loss(q(net, batch["states"], batch["actions"]), y)
         grads = torch.autograd.grad(loss, list(net.parameters()))
@@ -324,10 +324,27 @@ def test_targets_bootstrap_unless_terminated():
     agent.critic_target.q1[-1].bias.fill_(50.0)
     agent.critic_target.q2[-1].bias.fill_(100.0)
     losses = []
-    for terminated in (1.0, 0.0):
-        batch["terminated"][:] = terminated
+    for discount in (0.0, 0.9):
+        batch["discounts"][:] = discount
         losses.append(copy.deepcopy(agent).update(batch)["critic_loss"].item())
     assert losses[0] < 10 and losses[1] == pytest.approx(2 * (0.9 * 50) ** 2, rel=0.3)  # the smaller target counts
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 30])
+def test_n_step_returns_are_the_sums_within_an_episode(n):
+    rng, (T, N, G), gamma = np.random.default_rng(n), (12, 3, 2), 0.9
+    rewards, next_states = rng.normal(size=(T, N, G)).astype(np.float32), rng.normal(size=(T, N, 4)).astype(np.float32)
+    ended = rng.random((T, N)) < 0.2
+    terminated = ended & (rng.random((T, N)) < 0.5)
+    returns, reached, discounts = sac_vlmrm.n_step_returns(rewards, next_states, terminated, ended, gamma, n)
+    for t, e in np.ndindex(T, N):
+        last = next((k for k in range(t, T) if ended[k, e]), T - 1)  # of its episode, or of the phase
+        last = min(last, t + n - 1)
+        expected = sum(gamma ** (k - t) * rewards[k, e] for k in range(t, last + 1))
+        np.testing.assert_allclose(returns[t, e], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(reached[t, e], next_states[last, e])
+        expected = 0.0 if terminated[last, e] else gamma ** (last + 1 - t)
+        assert discounts[t, e] == pytest.approx(expected, rel=1e-6), (t, e)
 
 
 def test_actions_are_the_squashed_mean_when_deterministic():
