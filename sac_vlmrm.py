@@ -1225,8 +1225,8 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
     label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
     if label + collect > 2:
         advice = "a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs"
-        message = (f"warning: this run will take about {label + collect:.0f} days or more: {label:.1f} for CLIP to label"
-                   f" frames, {collect:.1f} to simulate and render them; use {advice}, or fewer --total-timesteps")
+        message = (f"warning: this run will take {label + collect:.0f} days or more, {label:.1f} for CLIP to label"
+                   f" frames and {collect:.1f} to collect them: use {advice}, or fewer --total-timesteps")
         tqdm.write(message, file=sys.stderr)
 
 
