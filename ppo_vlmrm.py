@@ -31,6 +31,7 @@ cited as VLM-SR, whose agent is conditioned on its goal's text. PPO's defaults a
 # ]
 # ///
 import contextlib
+import copy
 import difflib
 import functools
 import json
@@ -1016,6 +1017,7 @@ def train(args):
             torch.manual_seed(torch_seed)
 
             # COLLECT: a rollout in every environment
+            normalizer = copy.deepcopy(agent.normalizer)  # as it was before, should the rollout be dropped
             envs.set_attr("rendering", score is not None)
             state = envs.reset(seed=starts)[0]["state"].copy()
             goal = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
@@ -1046,7 +1048,8 @@ def train(args):
                     state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
                     goal = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal)
             if stopped_by:
-                break  # the rollout is dropped: nothing has learned from it yet
+                agent.normalizer = normalizer
+                break  # the rollout is dropped: nothing has learned from it
             if not np.isfinite(next_states).all():
                 t, n = np.argwhere(~np.isfinite(next_states))[0, :2]
                 raise RunError(f"environment {n} diverged: a state is not finite at step {t} after frame {global_step}")
