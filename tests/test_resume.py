@@ -259,6 +259,6 @@ def test_flags_that_would_change_the_numbers_are_refused_on_resume(reference, tm
     assert "--eval-every" not in result.stderr
     result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--resume" in result.stderr
-    (tmp_path / "args.json").write_text(json.dumps({"goal": "a humanoid robot kneeling"}))
+    (tmp_path / "args.json").write_text(json.dumps({"goal": ["a humanoid robot kneeling"]}))
     result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
     assert result.returncode == 2 and "checkpoint.pt" in result.stderr
