@@ -196,6 +196,7 @@ CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "e
               "video", "save_rollouts", "track", "clip_batch_size")
 MAY_BE_0 = ("seed",)  # whole numbers that need not be positive
 ACTION_SPACES = (gym.spaces.Box, gym.spaces.Discrete)  # that the algorithm can act in
+# The keys of a checkpoint.
 CHECKPOINT = ("global_step", "best_return", "agent", "optimizer")
 
 

@@ -191,6 +191,7 @@ CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "e
               "video", "save_rollouts", "track", "clip_batch_size")
 MAY_BE_0 = ("seed", "learning_starts")  # whole numbers that need not be positive
 ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
+# The keys of a checkpoint.
 CHECKPOINT = ("global_step", "best_return", "owed_updates", "buffer_total", "agent", "optimizers")
 
 
@@ -630,18 +631,18 @@ def mlp(inputs, outputs, hidden=256):
 class Actor(nn.Module):
     """A Gaussian squashed to (-1, 1) by tanh (Haarnoja et al. 2018, appendix C)."""
 
-    def __init__(self, state_dim, action_dim):
+    def __init__(self, input_dim, action_dim):
         super().__init__()
-        self.net = mlp(state_dim, 2 * action_dim)
+        self.net = mlp(input_dim, 2 * action_dim)
 
-    def forward(self, states):
-        """Mean and log standard deviation before the tanh, each [B, A]."""
-        mean, log_std = self.net(states).chunk(2, -1)
+    def forward(self, inputs):
+        """Mean and log standard deviation before the tanh, each [B, A], for states with their goals [B, S + D]."""
+        mean, log_std = self.net(inputs).chunk(2, -1)
         return mean, -5.0 + 3.5 * (torch.tanh(log_std) + 1.0)  # in [-5, 2], as CleanRL has it
 
-    def sample(self, states):
+    def sample(self, inputs):
         """Actions [B, A] and their log-probabilities [B]."""
-        mean, log_std = self(states)
+        mean, log_std = self(inputs)
         noise = torch.randn_like(mean)
         x = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi)
@@ -652,13 +653,13 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Two independent soft Q-functions; the smaller one counters overestimation (Fujimoto et al. 2018)."""
 
-    def __init__(self, state_dim, action_dim):
+    def __init__(self, input_dim, action_dim):
         super().__init__()
-        self.q1, self.q2 = mlp(state_dim + action_dim, 1), mlp(state_dim + action_dim, 1)
+        self.q1, self.q2 = mlp(input_dim + action_dim, 1), mlp(input_dim + action_dim, 1)
 
-    def forward(self, states, actions):
+    def forward(self, inputs, actions):
         """Both values of each pair, [2, B]."""
-        x = torch.cat([states, actions], -1)
+        x = torch.cat([inputs, actions], -1)
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
 
