@@ -32,6 +32,7 @@ precision and recall ("Vision-Language Models as a Source of Rewards", 2023, arX
 # ]
 # ///
 import base64
+import copy
 import csv
 import difflib
 import html
@@ -412,7 +413,7 @@ class SceneRenderer:
 
 
 class Body:
-    """What the criteria look at in a Humanoid's state; `data` after `mj_forward`. Pairs are (left, right)."""
+    """What the criteria look at in a Humanoid's state; `model` and `data` as `meets` makes them. Pairs are (left, right)."""
 
     def __init__(self, model, data):
         floor = model.geom("floor").id
@@ -572,7 +573,12 @@ def to_floor(model, data, qpos):
 
 
 def meets(criterion, model, qpos):
-    """Which states [n, nq] meet a task's criterion: float 0 or 1, [n]."""
+    """Which states [n, nq] meet a task's criterion: float 0 or 1, [n].
+
+    What is within 1 cm of the floor touches it: a kneeling robot's knees bounce by a few millimeters.
+    """
+    model = copy.copy(model)
+    model.geom_margin[:] = 0.01  # how near two geoms are when MuJoCo lists their contact; the Humanoid's own is 1 mm
     data, result = mujoco.MjData(model), np.empty(len(qpos))
     for i, state in enumerate(qpos):
         data.qpos[:] = state

@@ -83,6 +83,7 @@ WRONG_FOR_ALL = {  # no task's goal state
 }
 STANDING = {
     "straight": pose(STRAIGHT),
+    "bouncing": pose(STRAIGHT, lift=0.008),
     "feet apart": pose((-20, 0, 0, -2)),
     "turned away": pose(STRAIGHT, heading=170, arm="start"),
     "a stride": pose((-4, 0, -25, -12), (-4, 0, 12, -12), arm="bent"),
@@ -141,6 +142,7 @@ POSED = {  # task: states that meet its criterion, states that miss it
     "kneeling": (
         {
             "upright": pose(UPRIGHT_KNEEL),
+            "bouncing": pose(UPRIGHT_KNEEL, lift=0.008),
             "half down": pose((0, 0, -30, -125)),
             "on the heels": pose(ON_HEELS),
             "wide": pose((-12, 0, -10, -104), arm="lap"),
@@ -153,7 +155,7 @@ POSED = {  # task: states that meet its criterion, states that miss it
         },
         {
             "in the air": pose(UPRIGHT_KNEEL, lift=0.3),
-            "just above the floor": pose(UPRIGHT_KNEEL, lift=0.03),
+            "just above the floor": pose(UPRIGHT_KNEEL, lift=0.015),
             "one knee": pose((0, 0, -85, -85), UPRIGHT_KNEEL),
             "other knee": pose(UPRIGHT_KNEEL, (0, 0, -95, -95)),
             "standing": pose(STRAIGHT),
