@@ -1253,4 +1253,4 @@ if __name__ == "__main__":
     try:
         print(f"results in {train(parse_args())}")
     except RunError as error:
-        sys.exit(f"error: {error}; the last checkpoint is intact, go on from it with --resume")
+        sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")
