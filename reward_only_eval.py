@@ -413,7 +413,7 @@ class SceneRenderer:
 
 
 class Body:
-    """What the criteria look at in a Humanoid's state; `model` and `data` as `meets` makes them. Pairs are (left, right)."""
+    """What the criteria look at in a Humanoid's state, from what `meets` makes. Pairs are (left, right)."""
 
     def __init__(self, model, data):
         floor = model.geom("floor").id
