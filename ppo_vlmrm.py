@@ -7,7 +7,8 @@ cited below as VLM-RM, and of Baumli et al., "Vision-Language Models as a Source
 cited as VLM-SR, whose agent is conditioned on its goal's text. PPO's defaults are CleanRL's for continuous actions.
 
     python ppo_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
-    python ppo_vlmrm.py --reward binary --goal "a humanoid robot kneeling" "a humanoid robot lying on its back"
+    python ppo_vlmrm.py --reward binary --goal "a humanoid robot kneeling" "a humanoid robot lying on its back" \
+        --negatives "a humanoid robot standing up" "a humanoid robot falling"
     python ppo_vlmrm.py --reward env --env-id Hopper-v5 --early-termination --episode-length 1000 --num-envs 1 \
         --num-steps 2048 --total-timesteps 1000000
 """
@@ -34,6 +35,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -92,7 +94,7 @@ class Args:
     """frames between evaluations"""
     eval_episodes: int = 8
     """deterministic episodes of an evaluation"""
-    checkpoint_every: int = 128_000
+    checkpoint_every: int = 20_000
     """frames between checkpoints"""
     video: bool = True
     """record an episode of each evaluation and goal"""
@@ -159,7 +161,7 @@ class Args:
 
     # ---- PPO: CleanRL's settings for continuous actions ----
     num_steps: int = 200
-    """steps of each environment in a rollout; episodes that its end cuts short are bootstrapped, not continued"""
+    """steps of each environment in a rollout, a multiple of --episode-length, since each rollout starts new episodes"""
     learning_rate: float = 3e-4
     """of Adam, for the actor and the critic"""
     anneal_lr: bool = True
@@ -195,6 +197,8 @@ class Args:
 CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
               "video", "save_rollouts", "track", "clip_batch_size")
 MAY_BE_0 = ("seed",)  # whole numbers that need not be positive
+POSITIVE = ("learning_rate", "clip_coef", "max_grad_norm", "temperature")
+SHARES = ("alpha", "gamma", "gae_lambda")  # in [0, 1]
 ACTION_SPACES = (gym.spaces.Box, gym.spaces.Discrete)  # that the algorithm can act in
 # The keys of a checkpoint.
 CHECKPOINT = ("global_step", "best_return", "agent", "optimizer")
@@ -264,13 +268,15 @@ def resolve_clip(clip, pretrained):
             near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
             fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
         tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained or PAPER_WEIGHTS.get(name) or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
+        tag = pretrained or PAPER_WEIGHTS.get(name.removesuffix("-quickgelu"))
+        tag = tag or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
         if tag not in tags:
             fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
         quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         if quick != open_clip.get_model_config(name).get("quick_gelu", False):
             other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
+            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other} "
+                 f"--clip-pretrained {tag}")
     if pretrained and not tag:
         fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
     try:  # without a network, do not let the hub retry for a minute before it looks into its cache
@@ -573,12 +579,17 @@ def make_envs(args, frame_size):
         fail(f"{rendering} fails ({error}); {EGL_ADVICE}")
     except Exception as error:
         fail(f"--env-id {args.env_id}: {error}")
+    if shape and shape[0] != shape[1] and args.reward != "env":
+        print(f"warning: frames of {args.env_id} are {shape[0]} pixels high and {shape[1]} wide; most CLIP models see "
+              "the square in the middle only", file=sys.stderr)
     make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
                              shape or (frame_size, frame_size, 3), scene)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is the main process's to answer
+    # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=context.get_start_method(),
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         envs.reset_async()
         envs.reset_wait(timeout=120)
@@ -884,6 +895,7 @@ def stop_signals():
         if received:
             os._exit(128 + number)
         received.append(number)
+        os.write(2, b"\nstopping after what is being computed; a second signal stops at once, without a checkpoint\n")
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -896,8 +908,13 @@ def stop_signals():
 def check_args(args):
     """Ends the program over flags that cannot work, before anything slow starts."""
     for name, value in asdict(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_0 and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        flag, least = f"--{name.replace('_', '-')}", 0 if name in MAY_BE_0 else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            fail(f"{flag} must be at least {least}, not {value}")
+        if name in POSITIVE and not value > 0.0:
+            fail(f"{flag} must be above 0, not {value}")
+        if name in SHARES and not 0.0 <= value <= 1.0:
+            fail(f"{flag} must be in [0, 1], not {value}")
     goals = (*args.goal, *args.eval_goal)
     if not args.goal or not all(goal.strip() for goal in goals):
         fail("--goal is empty: describe the state to reach")
@@ -912,15 +929,13 @@ def check_args(args):
             fail("--reward binary compares prompts: give --negatives, or several --goal")
         if set(args.negatives) & set(goals):
             fail("--negatives holds a goal, which can't compete with itself")
-        if args.temperature <= 0:
-            fail(f"--temperature must be above 0, not {args.temperature}")
         if not 0.0 <= args.threshold < 1.0:
             fail(f"--threshold must be in [0, 1), not {args.threshold}")
-    elif args.terminate_on_success:
-        fail("--terminate-on-success needs --reward binary")
-    if not 0.0 <= args.alpha <= 1.0:
-        fail(f"--alpha must be in [0, 1], not {args.alpha}")
-    if args.alpha > 0 and args.reward == "regularized" and args.baseline in goals:
+    elif args.terminate_on_success or args.negatives:
+        fail("--terminate-on-success and --negatives need --reward binary")
+    if args.alpha > 0 and args.reward != "regularized":
+        fail("--alpha needs --reward regularized")
+    if args.alpha > 0 and args.baseline in goals:
         fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
     for template in args.template:
         if "{}" not in template:
@@ -928,8 +943,12 @@ def check_args(args):
     if args.env_id not in gym.registry and ":" not in args.env_id:
         near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
         fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {args.device}: PyTorch finds no CUDA device; use --device cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
+    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: PyTorch finds no such CUDA device; use --device cpu")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights & Biases: pip install wandb")
     if args.run_dir and not args.resume and (args.run_dir / "args.json").exists():
         fail(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
 
@@ -940,6 +959,9 @@ def train(args):
     phase_frames = args.num_steps * args.num_envs
     if args.num_minibatches > phase_frames:
         fail(f"--num-minibatches must be at most the {phase_frames} frames of a rollout, not {args.num_minibatches}")
+    if args.num_steps < args.episode_length:
+        print(f"warning: each rollout starts new episodes: with --num-steps {args.num_steps} and --episode-length "
+              f"{args.episode_length}, the later part of an episode is never trained on", file=sys.stderr)
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
     run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     run_dir = args.resume or args.run_dir or Path("runs") / run_name
@@ -1151,9 +1173,14 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
 
 def parse_args():
     """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
+    for word in sys.argv[1:]:
+        if word.startswith("--") and sys.argv.count(word) > 1:
+            fail(f"{word} is given twice, and only the last would count: name all values after one {word}")
     args = tyro.cli(Args)
     if args.resume is None:
         return args
+    if args.run_dir:
+        fail("--resume goes on in its own folder: leave --run-dir out")
     try:
         saved = json.loads((args.resume / "args.json").read_text())
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})

@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -225,13 +226,15 @@ def resolve_clip(clip, pretrained):
             near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
             fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
         tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained or PAPER_WEIGHTS.get(name) or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
+        tag = pretrained or PAPER_WEIGHTS.get(name.removesuffix("-quickgelu"))
+        tag = tag or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
         if tag not in tags:
             fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
         quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         if quick != open_clip.get_model_config(name).get("quick_gelu", False):
             other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
+            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other} "
+                 f"--clip-pretrained {tag}")
     if pretrained and not tag:
         fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
     try:  # without a network, do not let the hub retry for a minute before it looks into its cache
@@ -1367,8 +1370,10 @@ def check_flags(args):
         fail(f"--temperature must be above 0, not {args.temperature}")
     if args.clip_pretrained and len(args.clip_pretrained) != len(args.clip):
         fail("--clip-pretrained must name one tag for each --clip, in the same order; `default` for the default one")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {args.device}: PyTorch finds no CUDA device; use --device cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
+    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: PyTorch finds no such CUDA device; use --device cpu")
 
 
 def evaluate_reward(args):

@@ -34,6 +34,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -91,7 +92,7 @@ class Args:
     """frames between evaluations"""
     eval_episodes: int = 8
     """deterministic episodes of an evaluation"""
-    checkpoint_every: int = 128_000
+    checkpoint_every: int = 20_000
     """frames between checkpoints"""
     video: bool = True
     """record an episode of each evaluation and goal"""
@@ -190,6 +191,8 @@ class Args:
 CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
               "video", "save_rollouts", "track", "clip_batch_size")
 MAY_BE_0 = ("seed", "learning_starts")  # whole numbers that need not be positive
+POSITIVE = ("learning_rate", "updates_per_frame", "ent_coef", "temperature")
+SHARES = ("alpha", "gamma", "tau", "relabel")  # in [0, 1]
 ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
 # The keys of a checkpoint.
 CHECKPOINT = ("global_step", "best_return", "owed_updates", "buffer_total", "agent", "optimizers")
@@ -259,13 +262,15 @@ def resolve_clip(clip, pretrained):
             near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
             fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
         tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained or PAPER_WEIGHTS.get(name) or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
+        tag = pretrained or PAPER_WEIGHTS.get(name.removesuffix("-quickgelu"))
+        tag = tag or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
         if tag not in tags:
             fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
         quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
         if quick != open_clip.get_model_config(name).get("quick_gelu", False):
             other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other}")
+            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other} "
+                 f"--clip-pretrained {tag}")
     if pretrained and not tag:
         fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
     try:  # without a network, do not let the hub retry for a minute before it looks into its cache
@@ -568,12 +573,17 @@ def make_envs(args, frame_size):
         fail(f"{rendering} fails ({error}); {EGL_ADVICE}")
     except Exception as error:
         fail(f"--env-id {args.env_id}: {error}")
+    if shape and shape[0] != shape[1] and args.reward != "env":
+        print(f"warning: frames of {args.env_id} are {shape[0]} pixels high and {shape[1]} wide; most CLIP models see "
+              "the square in the middle only", file=sys.stderr)
     make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
                              shape or (frame_size, frame_size, 3), scene)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is the main process's to answer
+    # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=context.get_start_method(),
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         envs.reset_async()
         envs.reset_wait(timeout=120)
@@ -971,6 +981,7 @@ def stop_signals():
         if received:
             os._exit(128 + number)
         received.append(number)
+        os.write(2, b"\nstopping after what is being computed; a second signal stops at once, without a checkpoint\n")
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -983,8 +994,13 @@ def stop_signals():
 def check_args(args):
     """Ends the program over flags that cannot work, before anything slow starts."""
     for name, value in asdict(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_0 and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        flag, least = f"--{name.replace('_', '-')}", 0 if name in MAY_BE_0 else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            fail(f"{flag} must be at least {least}, not {value}")
+        if name in POSITIVE and not value > 0.0:
+            fail(f"{flag} must be above 0, not {value}")
+        if name in SHARES and not 0.0 <= value <= 1.0:
+            fail(f"{flag} must be in [0, 1], not {value}")
     goals = (*args.goal, *args.eval_goal)
     if not args.goal or not all(goal.strip() for goal in goals):
         fail("--goal is empty: describe the state to reach")
@@ -999,15 +1015,13 @@ def check_args(args):
             fail("--reward binary compares prompts: give --negatives, or several --goal")
         if set(args.negatives) & set(goals):
             fail("--negatives holds a goal, which can't compete with itself")
-        if args.temperature <= 0:
-            fail(f"--temperature must be above 0, not {args.temperature}")
         if not 0.0 <= args.threshold < 1.0:
             fail(f"--threshold must be in [0, 1), not {args.threshold}")
-    elif args.terminate_on_success:
-        fail("--terminate-on-success needs --reward binary")
-    if not 0.0 <= args.alpha <= 1.0:
-        fail(f"--alpha must be in [0, 1], not {args.alpha}")
-    if args.alpha > 0 and args.reward == "regularized" and args.baseline in goals:
+    elif args.terminate_on_success or args.negatives:
+        fail("--terminate-on-success and --negatives need --reward binary")
+    if args.alpha > 0 and args.reward != "regularized":
+        fail("--alpha needs --reward regularized")
+    if args.alpha > 0 and args.baseline in goals:
         fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
     for template in args.template:
         if "{}" not in template:
@@ -1015,8 +1029,12 @@ def check_args(args):
     if args.env_id not in gym.registry and ":" not in args.env_id:
         near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
         fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {args.device}: PyTorch finds no CUDA device; use --device cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
+    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        fail(f"--device {args.device}: PyTorch finds no such CUDA device; use --device cpu")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs Weights & Biases: pip install wandb")
     if args.run_dir and not args.resume and (args.run_dir / "args.json").exists():
         fail(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
 
@@ -1026,10 +1044,8 @@ def train(args):
     check_args(args)
     if args.buffer_size < args.episode_length * args.num_envs:
         fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
-    if args.ent_coef <= 0:
-        fail(f"--ent-coef must be above 0, not {args.ent_coef}")
-    if not 0.0 <= args.relabel <= 1.0:
-        fail(f"--relabel must be in [0, 1], not {args.relabel}")
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} is not below --total-timesteps: nothing would be learned")
     if args.terminate_on_success and args.n_step > 1:
         fail("--terminate-on-success needs --n-step 1: with another goal an episode would have ended elsewhere")
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
@@ -1174,7 +1190,7 @@ def train(args):
             while owed_updates >= 1.0:
                 owed_updates -= 1.0
                 losses = agent.update(buffer.sample(args.batch_size, args.relabel))
-            losses = {name: loss.item() for name, loss in losses.items()}  # waits for the device
+            losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
             if not np.isfinite(list(losses.values())).all():
                 raise RunError(f"a loss is not finite at frame {global_step}: {losses}; try a lower --learning-rate")
             clock.append(time.perf_counter())
@@ -1233,9 +1249,14 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
 
 def parse_args():
     """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
+    for word in sys.argv[1:]:
+        if word.startswith("--") and sys.argv.count(word) > 1:
+            fail(f"{word} is given twice, and only the last would count: name all values after one {word}")
     args = tyro.cli(Args)
     if args.resume is None:
         return args
+    if args.run_dir:
+        fail("--resume goes on in its own folder: leave --run-dir out")
     try:
         saved = json.loads((args.resume / "args.json").read_text())
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})

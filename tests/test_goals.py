@@ -196,6 +196,15 @@ BAD_INPUT = {
     "termination without success": (["--terminate-on-success"], "--reward binary"),
     "goals of the environment": (["--reward", "env", "--goal", "a", "b"], "--reward env"),
     "empty goal": (["--goal", "a", " "], "--goal"),
+    "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
+    "negatives of another reward": (["--negatives", "x"], "--reward binary"),
+    "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),
+    "share": (["--gamma", "95"], "--gamma must be in [0, 1]"),
+    "not a number": (["--gamma", "nan"], "--gamma must be in [0, 1]"),
+    "negative rate": (["--learning-rate", "-1"], "--learning-rate must be above 0"),
+    "negative seed": (["--seed", "-1"], "--seed must be at least 0"),
+    "unknown device": (["--device", "gpu"], "cuda:N"),
+    "resumed elsewhere": (["--resume", "a", "--run-dir", "b"], "--run-dir"),
 }
 
 

@@ -166,7 +166,7 @@ def test_every_frame_scored_is_the_one_after_its_step_also_the_last_of_an_episod
     scored = []
     encode = CLIP.encode_images
     monkeypatch.setattr(CLIP, "encode_images", lambda self, x: scored.append(x.copy()) or encode(self, x))
-    args = Args(**{**TINY_RUN, "total_timesteps": 40, "learning_starts": 40, "run_dir": tmp_path / "run"})
+    args = Args(**{**TINY_RUN, "total_timesteps": 40, "learning_starts": 39, "run_dir": tmp_path / "run"})
     sac_vlmrm.train(args)
     frames = np.concatenate(scored[:2]).reshape(2, 10, 2, 96, 96, 3)  # two phases [T, N, ...]; then the evaluation's
 
@@ -189,7 +189,7 @@ def test_every_frame_scored_is_the_one_after_its_step_also_the_last_of_an_episod
 
 
 def test_terminations_are_ignored_unless_asked_for(tmp_path):
-    flags = dict(TINY_RUN, env_id="Hopper-v5", episode_length=60, total_timesteps=120, learning_starts=10**6, reward="env")
+    flags = dict(TINY_RUN, env_id="Hopper-v5", episode_length=60, total_timesteps=120, learning_starts=119, reward="env")
     run_dir = sac_vlmrm.train(Args(**{**flags, "run_dir": tmp_path / "a"}))
     assert scalars(run_dir)["charts/episodic_length"] == [(120, 60.0)]
     run_dir = sac_vlmrm.train(Args(**{**flags, "run_dir": tmp_path / "b", "early_termination": True}))
@@ -373,6 +373,12 @@ def test_same_seed_same_numbers(tmp_path):
     assert {"charts/clip_return", "losses/critic_loss", "eval/clip_return"} <= set(logs[0])
 
 
+def test_an_update_may_be_owed_over_several_phases(tmp_path):
+    flags = {**TINY_RUN, "reward": "env", "total_timesteps": 200, "learning_starts": 20, "updates_per_frame": 0.02}
+    logged = scalars(sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "run")))["losses/critic_loss"]
+    assert [step for step, _ in logged] == list(range(60, 201, 20))  # of 0.4 updates a phase the third makes the first
+
+
 def test_the_learning_rate_falls_linearly_towards_0(tmp_path):
     flags = dict(TINY_RUN, reward="env", total_timesteps=100, learning_starts=20, anneal_lr=True)
     optimizers = load(sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "run")))["optimizers"]
@@ -476,7 +482,9 @@ BAD_INPUT = {
     "clip directory": (["--clip", str(ROOT / "tests")], "open_clip_config.json"),
     "environment": (["--env-id", "Humanoid-v55"], "Humanoid-v5"),
     "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "Box"),
+    "activation of the paper's weights": (["--clip", "RN50"], "--clip RN50-quickgelu --clip-pretrained openai"),
     "count": (["--num-envs", "0"], "--num-envs"),
+    "never learns": (["--clip", TINY_CLIP, "--total-timesteps", "20000"], "--learning-starts"),
     "device": (["--device", "cuda"], "--device cpu"),
 }
 

@@ -11,7 +11,7 @@ SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 
 # What has the same name but is a script's own: its flags, its networks, its loop.
-OWN = {"Args", "mlp", "train", "CHANGEABLE", "MAY_BE_0", "ACTION_SPACES", "CHECKPOINT"}
+OWN = {"Args", "mlp", "train", "CHANGEABLE", "MAY_BE_0", "POSITIVE", "SHARES", "ACTION_SPACES", "CHECKPOINT"}
 OWN_FLAGS = {"learning_rate", "anneal_lr", "gamma", "ent_coef"}  # hyperparameters of each algorithm
 
 
