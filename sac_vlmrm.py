@@ -909,6 +909,7 @@ def episode_charts(args, ended, env_rewards, clip_rewards, goals):
     """Mean return and length of the episodes that ended in a phase, for the log; of their parts, if none ended.
 
     Everything is [T, N]: `ended` is true at an episode's last step, `goals` are indices; `clip_rewards` may be None.
+    Where episodes may end early, this favours short ones, since the phase's end cuts the others: judge by `eval/*`.
     """
     last = ended.copy()
     last[-1] = True  # the end of the phase cuts the episodes that go on

@@ -169,6 +169,16 @@ def test_statistics_are_of_the_collected_states_and_frozen_in_evaluation(tmp_pat
     torch.testing.assert_close(agent, other, rtol=0, atol=0)
 
 
+def test_what_would_go_unnoticed_is_said(tmp_path, capsys):
+    """Frames whose sides CLIP does not see, and rollouts that never come to the end of an episode."""
+    code = SWITCH.replace("(64, 64, 3)", "(40, 60, 3)").replace("Switch-v0", "Wide-v0")
+    exec(code, {})
+    flags = FLAGS | dict(env_id="Wide-v0", reward="regularized", clip=TINY_CLIP, num_steps=8, total_timesteps=16)
+    ppo_vlmrm.train(Args(**flags, run_dir=tmp_path / "run"))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2 and "--num-steps 8" in warnings[0] and "40 pixels high and 60 wide" in warnings[1]
+
+
 def test_discrete_actions_are_learned(tmp_path):
     (tmp_path / "switch.py").write_text(SWITCH)
     flags = FLAGS | dict(env_id="switch:Switch-v0", episode_length=8, num_steps=64, total_timesteps=2560, update_epochs=10,
