@@ -91,6 +91,7 @@ def draw_curves(run_dirs, path):
             axes.plot(*zip(*points, strict=True), style, markersize=4, alpha=0.8, color=f"C{index}",
                       label=f"{run_dir.name}, {what}")  # fmt: skip
     axes.set(xlabel="environment frames", ylabel="CLIP return of an episode")
+    axes.locator_params("x", nbins=6)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
