@@ -1174,13 +1174,13 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
 
 def parse_args():
     """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
-    for word in sys.argv[1:]:
-        if word.startswith("--") and sys.argv.count(word) > 1:
-            fail(f"{word} is given twice, and only the last would count: name all values after one {word}")
+    for flag in ("--goal", "--eval-goal", "--negatives", "--template"):
+        if sys.argv.count(flag) > 1:
+            fail(f"{flag} is given twice, and only the last would count: name all after one {flag}")
     args = tyro.cli(Args)
     if args.resume is None:
         return args
-    if args.run_dir:
+    if args.run_dir not in (None, args.resume):
         fail("--resume goes on in its own folder: leave --run-dir out")
     try:
         saved = json.loads((args.resume / "args.json").read_text())

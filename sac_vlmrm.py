@@ -1046,7 +1046,8 @@ def train(args):
     if args.buffer_size < args.episode_length * args.num_envs:
         fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
     if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} is not below --total-timesteps: nothing would be learned")
+        print(f"warning: --learning-starts {args.learning_starts} is not below --total-timesteps "
+              f"{args.total_timesteps}: nothing will be learned", file=sys.stderr)
     if args.terminate_on_success and args.n_step > 1:
         fail("--terminate-on-success needs --n-step 1: with another goal an episode would have ended elsewhere")
     saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
@@ -1250,13 +1251,13 @@ def warn_if_slow(args, label_seconds, collect_seconds, frames):
 
 def parse_args():
     """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
-    for word in sys.argv[1:]:
-        if word.startswith("--") and sys.argv.count(word) > 1:
-            fail(f"{word} is given twice, and only the last would count: name all values after one {word}")
+    for flag in ("--goal", "--eval-goal", "--negatives", "--template"):
+        if sys.argv.count(flag) > 1:
+            fail(f"{flag} is given twice, and only the last would count: name all after one {flag}")
     args = tyro.cli(Args)
     if args.resume is None:
         return args
-    if args.run_dir:
+    if args.run_dir not in (None, args.resume):
         fail("--resume goes on in its own folder: leave --run-dir out")
     try:
         saved = json.loads((args.resume / "args.json").read_text())
