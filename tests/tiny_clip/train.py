@@ -48,7 +48,7 @@ class Args:
     batch_size: int = 128
     """pairs in a batch"""
     second_round: bool = True
-    """after the training, go on with the states that SAC agents visited while they learned from its reward"""
+    """after the training, go on with the states that SAC agents visited while they learned from its and a later version's reward"""
     second_round_only: bool = False
     """go on from the weights in --out, as the second round does"""
     second_steps: int = 1500
