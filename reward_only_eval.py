@@ -133,6 +133,8 @@ class Args:
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
+    image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """crops, pads or squeezes frames that are not square (default: as the model was trained, mostly `shortest`)"""
 
     # ---- camera ----
     render_size: int | None = None
@@ -153,8 +155,8 @@ class Args:
 
 # What a run's args.json tells about its reward and camera.
 OF_A_RUN = ("baseline", "alpha", "template", "reward", "negatives", "temperature", "threshold", "clip",
-            "clip_pretrained", "render_size", "restyle", "camera_distance", "camera_elevation", "camera_azimuth",
-            "camera_lookat", "camera_follow")
+            "clip_pretrained", "image_resize_mode", "render_size", "restyle", "camera_distance", "camera_elevation",
+            "camera_azimuth", "camera_lookat", "camera_follow")
 # The pendulum is seen from the side; --sweep pole and --task pole bring this along.
 OF_THE_POLE = dict(env_id="InvertedPendulum-v5", baseline="pole and cart", camera_azimuth=90.0, camera_distance=3.0,
                    camera_lookat=(0.0, 0.0, 0.3))
@@ -273,7 +275,7 @@ class CLIP:
     Raises RuntimeError if weights were not loaded into the whole model.
     """
 
-    def __init__(self, name, pretrained, device, precision="auto", batch_size=256):
+    def __init__(self, name, pretrained, device, precision="auto", batch_size=256, resize_mode=None):
         self.device, self.batch_size = torch.device(device), batch_size
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
@@ -283,6 +285,7 @@ class CLIP:
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
+        config.resize_mode = resize_mode or config.resize_mode
         self.transform, self.size = image_transform_v2(config, is_train=False), config.input_size[1:]  # (h, w)
         self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
@@ -953,7 +956,7 @@ def judge(variants, sources, args):
     for source, here in places(sources):
         swept[here] = source.kind == "sweep"
         if not source.square:
-            notes.append(f"Not all frames of {source.name} are square: the model's transform crops or squeezes them.")
+            notes.append(f"Not all frames of {source.name} are square: see --image-resize-mode.")
         episodes[here] = source.episodes + (episodes.max() + 1 if here.start else 0)
         for variant in variants if source.kind == "sweep" else ():
             rewards = variant.rewards[here]
@@ -1406,7 +1409,8 @@ def evaluate_reward(args):
     models = []
     for clip, (name, tag, _) in zip(args.clip, found, strict=True):
         try:
-            models.append(CLIP(name, tag, device, args.clip_precision, args.clip_batch_size))
+            models.append(CLIP(name, tag, device, args.clip_precision, args.clip_batch_size,
+                            args.image_resize_mode))
         except Exception as error:
             fail(f"--clip {clip}: its weights do not load ({error})")
 

@@ -134,6 +134,8 @@ class Args:
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
+    image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """crops, pads or squeezes frames that are not square (default: as the model was trained, mostly `shortest`)"""
 
     # ---- environment and camera ----
     num_envs: int = 8
@@ -309,7 +311,7 @@ class CLIP:
     Raises RuntimeError if weights were not loaded into the whole model.
     """
 
-    def __init__(self, name, pretrained, device, precision="auto", batch_size=256):
+    def __init__(self, name, pretrained, device, precision="auto", batch_size=256, resize_mode=None):
         self.device, self.batch_size = torch.device(device), batch_size
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
@@ -319,6 +321,7 @@ class CLIP:
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
+        config.resize_mode = resize_mode or config.resize_mode
         self.transform, self.size = image_transform_v2(config, is_train=False), config.input_size[1:]  # (h, w)
         self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
@@ -573,9 +576,9 @@ def make_envs(args, frame_size):
         fail(f"{rendering} fails ({error}); {EGL_ADVICE}")
     except Exception as error:
         fail(f"--env-id {args.env_id}: {error}")
-    if shape and shape[0] != shape[1] and args.reward != "env":
+    if shape and shape[0] != shape[1] and args.reward != "env" and not args.image_resize_mode:
         print(f"warning: frames of {args.env_id} are {shape[0]} pixels high and {shape[1]} wide; most CLIP models see "
-              "the square in the middle only", file=sys.stderr)
+              "the square in the middle only; --image-resize-mode longest shows them all", file=sys.stderr)
     make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
                              shape or (frame_size, frame_size, 3), scene)
     # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
@@ -1081,7 +1084,8 @@ def train(args):
         n_goals, score, goals = len(args.goal), None, torch.zeros(1, 0)
         if args.reward != "env":
             try:
-                clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size)
+                clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size,
+                            args.image_resize_mode)
             except Exception as error:
                 fail(f"--clip {args.clip}: its weights do not load ({error})")
             score, goals = make_score(args, clip)

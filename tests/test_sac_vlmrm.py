@@ -126,6 +126,16 @@ def test_preprocessing_is_open_clips_own(clip, shape):
     torch.testing.assert_close(clip.preprocess(torch.from_numpy(frames)), expected, rtol=0, atol=1e-6)
 
 
+def test_padding_shows_the_sides_that_the_models_own_crop_cuts_off(clip):
+    frames = np.full((2, 60, 120, 3), 128, np.uint8)
+    frames[1, :, 100:] = 255  # as MountainCar's flag, right of the square in the middle
+    padding = CLIP(f"local-dir:{TINY_CLIP}", None, "cpu", resize_mode="longest")
+    for model, differ in ((clip, False), (padding, True)):
+        images = model.preprocess(torch.from_numpy(frames))
+        assert images.shape == (2, 3, 96, 96) and (not torch.equal(*images)) is differ
+    torch.testing.assert_close(images[:, :, :24], -(clip.mean / clip.std).expand(2, 3, 24, 96))  # black above
+
+
 def test_embeddings_do_not_depend_on_the_chunk_size(clip):
     frames = np.random.default_rng(0).integers(0, 256, (7, 96, 96, 3), np.uint8)
     whole = clip.encode_images(frames)
