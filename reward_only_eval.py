@@ -92,7 +92,7 @@ class Args:
     rollouts: tuple[Path, ...] = ()
     """rollouts of the training scripts, RUN_DIR/rollouts/*.npz; flags left out are then those of the first one's run"""
     frames: Path | None = None
-    """a folder of images, or a video; resized and cropped as the CLIP model's own transform does"""
+    """a folder of images, or a video; resized as the CLIP model's own transform does, see `image_resize_mode`"""
     labels: Path | None = None
     """csv for --frames: file name or frame number (from 0), label (0/1 or graded), its episode if there are several"""
     label_threshold: float | None = None
@@ -134,7 +134,7 @@ class Args:
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
-    """crops, pads or squeezes frames that are not square (default: as the model was trained, mostly `shortest`)"""
+    """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
     # ---- camera ----
     render_size: int | None = None
@@ -271,6 +271,8 @@ def check_prompts(name, prompts):
 
 class CLIP:
     """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
+
+    `resize_mode`, of open_clip's, replaces the model's own for frames of another shape than its input.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """

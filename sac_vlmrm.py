@@ -135,7 +135,7 @@ class Args:
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
-    """crops, pads or squeezes frames that are not square (default: as the model was trained, mostly `shortest`)"""
+    """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
     # ---- environment and camera ----
     num_envs: int = 8
@@ -307,6 +307,8 @@ def check_prompts(name, prompts):
 
 class CLIP:
     """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
+
+    `resize_mode`, of open_clip's, replaces the model's own for frames of another shape than its input.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """
