@@ -92,7 +92,7 @@ class Args:
     rollouts: tuple[Path, ...] = ()
     """rollouts of the training scripts, RUN_DIR/rollouts/*.npz; flags left out are then those of the first one's run"""
     frames: Path | None = None
-    """a folder of images, or a video; resized as the CLIP model's own transform does, see `image_resize_mode`"""
+    """a folder of images, or a video; resized by the CLIP model's own transform, but for --image-resize-mode"""
     labels: Path | None = None
     """csv for --frames: file name or frame number (from 0), label (0/1 or graded), its episode if there are several"""
     label_threshold: float | None = None
@@ -272,7 +272,7 @@ def check_prompts(name, prompts):
 class CLIP:
     """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
 
-    `resize_mode`, of open_clip's, replaces the model's own for frames of another shape than its input.
+    `resize_mode` is open_clip's, for frames that do not have the model's input size; None is the model's own.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """

@@ -308,7 +308,7 @@ def check_prompts(name, prompts):
 class CLIP:
     """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
 
-    `resize_mode`, of open_clip's, replaces the model's own for frames of another shape than its input.
+    `resize_mode` is open_clip's, for frames that do not have the model's input size; None is the model's own.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """
