@@ -3,39 +3,30 @@
 Episodes are collected in parallel rendered environments, one batched CLIP pass scores every frame by how well it
 matches `--goal`, the labelled transitions go to a replay buffer, and SAC learns from it. This is algorithm 1 of
 Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning" (ICLR 2024, arXiv
-2310.12921), cited below as VLM-RM. The defaults are its humanoid settings. Several goals make one language-conditioned
-policy, and `--reward binary` is the reward of Baumli et al., "Vision-Language Models as a Source of Rewards" (2023,
-arXiv 2312.09187), cited as VLM-SR.
+2310.12921), cited below as VLM-RM. Several goals make one language-conditioned policy, and `--reward binary` is the
+reward of Baumli et al., "Vision-Language Models as a Source of Rewards" (2023, arXiv 2312.09187), cited as VLM-SR.
 
-    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-L-14
-    python sac_vlmrm.py --goal "a humanoid robot kneeling" "a humanoid robot lying on its back" --clip ViT-bigG-14
-    python sac_vlmrm.py --reward env --env-id Hopper-v5 --early-termination --episode-length 1000 --num-envs 1
+    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip tests/tiny_clip
+    python sac_vlmrm.py --goal "a humanoid robot kneeling" --clip ViT-bigG-14 --preset paper
+    python sac_vlmrm.py --play runs/NAME
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.15.0",
-#     "torchvision==0.29.2",
-#     "open_clip_torch==3.3.0",
-#     "huggingface_hub==2.4.0",
-#     "gymnasium==1.4.0",
-#     "mujoco==4.0.0",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "imageio==2.37.0",
-#     "imageio-ffmpeg==0.6.0",
-#     "numpy==2.4.6",
-#     "pillow==13.0.0",
-#     "tqdm==4.70.1",
+#     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
+#     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
+#     "imageio==2.37.0", "imageio-ffmpeg==0.6.0", "numpy==2.4.6", "pillow==13.0.0",
 # ]
 # ///
+from __future__ import annotations
+
 import contextlib
 import copy
-import difflib
 import functools
-import importlib.util
+import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -43,20 +34,19 @@ import re
 import signal
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin on cores that environments need
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported: render without a window
-
-EGL_ADVICE = "install OpenGL without a display: apt-get install libegl1 libgl1-mesa-dri, or the GPU driver's EGL"
 try:
     import mujoco
 except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
-    print(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}", file=sys.stderr)
+    print(f"error: no OpenGL without a display ({error}): apt-get install libegl1 libgl1-mesa-dri", file=sys.stderr)
     sys.exit(2)
 import gymnasium as gym
 import huggingface_hub
@@ -69,16 +59,20 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import Compose
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
 class Args:
     # ---- run ----
-    seed: int = 1
+    preset: Literal["paper"] | None = None
+    """settings to start from, in PRESETS below: `paper` is VLM-RM's humanoid; single flags override it"""
+    seed: Natural = 1
     """seed of the networks, the exploration and the episodes' starts"""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; auto is CUDA where there is one"""
@@ -86,13 +80,17 @@ class Args:
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
     """go on with the run in this folder, with its flags; only how long, how often and where it runs may be changed"""
-    total_timesteps: int = 10_000_000
+    play: Path | None = None
+    """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
+    checkpoint: str = "best.pt"
+    """what --play plays: best.pt (highest CLIP return in evaluation) or checkpoint.pt (the latest)"""
+    total_timesteps: Count = 150_000
     """environment frames to train for, counted over all environments"""
-    eval_every: int = 128_000
+    eval_every: Count = 10_000
     """frames between evaluations"""
-    eval_episodes: int = 8
+    eval_episodes: Count = 16
     """deterministic episodes of an evaluation"""
-    checkpoint_every: int = 20_000
+    checkpoint_every: Count = 20_000
     """frames between checkpoints"""
     video: bool = True
     """record an episode of each evaluation and goal"""
@@ -100,6 +98,8 @@ class Args:
     """save the states and rewards of each evaluation's episodes, to be rendered and judged again"""
     track: bool = False
     """mirror the TensorBoard logs to Weights & Biases (needs `pip install wandb`)"""
+    traceback: bool = False
+    """show errors before the first frame with their traceback, instead of in one line"""
 
     # ---- task and prompts ----
     env_id: str = "Humanoid-v5"
@@ -110,7 +110,7 @@ class Args:
     """goals, or other words for one, that are never trained on but evaluated; with several goals only"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
-    alpha: float = 0.0
+    alpha: Share = 0.0
     """strength of the goal-baseline regularisation, 0 (plain cosine, the paper's humanoid setting) to 1"""
     template: tuple[str, ...] = ("{}",)
     """prompt templates, "{}" is the prompt; the embeddings of several are averaged"""
@@ -118,19 +118,20 @@ class Args:
     """what is trained on: VLM-RM's CLIP reward, VLM-SR's, or the environment's own (no CLIP, renders only videos)"""
     negatives: tuple[str, ...] = ()
     """prompts that a goal competes with in the binary reward, beside the other goals"""
-    temperature: float = 0.01
+    temperature: Positive = 0.01
     """of the binary reward's softmax over cosines; CLIP models are trained with about 0.01"""
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """the binary reward is 1 where the goal's probability is above this"""
     terminate_on_success: bool = False
     """end an episode where the binary reward is 1 (VLM-SR); frames are then labelled at each step, which is slower"""
 
     # ---- CLIP ----
     clip: str = "ViT-L-14"
-    """open_clip architecture, `hf-hub:ORG/NAME`, or a directory that holds an open_clip_config.json and weights"""
+    """open_clip architecture, `hf-hub:ORG/NAME`, or a directory that holds an open_clip_config.json and weights; in
+    VLM-RM the humanoid knelt (alpha 0) in 0% with RN50, ViT-L-14 and ViT-H-14, in 100% with ViT-bigG-14"""
     clip_pretrained: str | None = None
-    """tag of an architecture's weights (default: the paper's for its models, else one trained on LAION-2B)"""
-    clip_batch_size: int = 256
+    """tag of an architecture's weights, or their file (default: DEFAULT_WEIGHTS below, else open_clip's first tag)"""
+    clip_batch_size: Count = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
@@ -138,17 +139,17 @@ class Args:
     """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
     # ---- environment and camera ----
-    num_envs: int = 8
+    num_envs: Count = 8
     """environments stepped in parallel, each in a process of its own"""
-    episode_length: int = 100
+    episode_length: Count = 100
     """steps of an episode"""
     early_termination: bool = False
     """end an episode where the environment says so; off, since termination leaks the task (VLM-RM)"""
-    render_size: int | None = None
+    render_size: Count | None = None
     """pixels, height and width of a MuJoCo frame (default: the CLIP model's input size, so that nothing is resized)"""
     restyle: bool = True
     """draw MuJoCo with a sky, a tiled floor and a light robot instead of in the environment's own look"""
-    camera_distance: float = 3.5
+    camera_distance: Positive = 3.5
     """meters from the camera to the point it looks at"""
     camera_elevation: float = -10.0
     """degrees; negative looks down"""
@@ -159,55 +160,52 @@ class Args:
     camera_follow: bool = True
     """move the look-at's x and y with the robot, never its height; --no-camera-follow is the paper's fixed camera"""
 
-    # ---- SAC: VLM-RM's humanoid settings ----
-    learning_starts: int = 50_000
+    # ---- SAC ----
+    learning_starts: Natural = 4_000
     """frames of uniformly random actions before learning"""
-    updates_per_frame: float = 1 / 32
-    """gradient updates per environment frame; the paper's "100 every 100 steps" counts steps of 32 environments"""
-    batch_size: int = 512
+    updates_per_frame: Positive = 0.3
+    """gradient updates per environment frame"""
+    batch_size: Count = 256
     """transitions an update"""
-    learning_rate: float = 6e-4
+    learning_rate: Positive = 6e-4
     """of Adam, for the actor, the critics and the entropy coefficient"""
-    anneal_lr: bool = False
+    anneal_lr: bool = True
     """lower the learning rate linearly to 0 at --total-timesteps, so that a short run ends in a steady policy"""
-    gamma: float = 0.95
-    """discount factor"""
-    n_step: int = 1
+    gamma: Share = 0.98
+    """discount factor; 0.98 sees 50 steps ahead, about as long as a kneeling humanoid takes to tip over"""
+    n_step: Count = 5
     """steps of reward before the critics' own estimate; several let a fast simulation's slow mistakes be seen sooner"""
-    tau: float = 0.005
+    tau: Share = 0.005
     """share of the critics that moves into their targets at each update"""
-    buffer_size: int = 1_000_000
+    buffer_size: Count = 1_000_000
     """transitions in the replay buffer"""
     autotune: bool = True
     """tune the entropy coefficient towards an entropy of minus the number of action dimensions"""
-    ent_coef: float = 1.0
-    """the entropy coefficient, or where its tuning starts"""
+    ent_coef: Positive = 0.003
+    """the entropy coefficient, or where its tuning starts; from 1 it outweighs a CLIP reward for a long time"""
     normalize_obs: bool = True
     """scale observations by their running mean and standard deviation, clipped to +-10; frozen in evaluation"""
-    relabel: float = 0.5
+    relabel: Share = 0.5
     """with several goals, share of a batch whose goal is swapped for another one, with that goal's reward"""
 
 
-# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
-# rate, with --anneal-lr, on --total-timesteps).
-CHANGEABLE = ("resume", "run_dir", "device", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every",
-              "video", "save_rollouts", "track", "clip_batch_size")
-MAY_BE_0 = ("seed", "learning_starts")  # whole numbers that need not be positive
-POSITIVE = ("learning_rate", "updates_per_frame", "ent_coef", "temperature")
-SHARES = ("alpha", "gamma", "tau", "relabel")  # in [0, 1]
-ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
-# The keys of a checkpoint.
-CHECKPOINT = ("global_step", "best_return", "owed_updates", "buffer_total", "agent", "optimizers")
-
-
-class RunError(Exception):
-    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN."""
-
-
-def fail(message):
-    """Ends the program over a mistake that the user can mend: one line, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+# VLM-RM's humanoid as its released code ran it (PRESETS["paper"]); the defaults above learn in 150,000 frames instead.
+PRESETS = {
+    "paper": dict(
+        total_timesteps=10_000_000,  # its table of hyperparameters
+        eval_every=128_000,  # its interval between checkpoints, the best of which it judges
+        eval_episodes=8,  # ours: it picks by the return in training
+        learning_starts=50_000,  # its table, in frames
+        updates_per_frame=1 / 32,  # its "100 updates every 100 steps" are steps of 4 x 8 environments
+        batch_size=512,  # its job file
+        learning_rate=6e-4,  # its table
+        anneal_lr=False,  # it keeps the learning rate
+        gamma=0.95,  # its table
+        n_step=1,  # plain SAC
+        tau=0.005,  # its table
+        ent_coef=1.0,  # Stable-Baselines3's "auto" starts there
+    )
+}
 
 
 # ---------------------------------------------------------------- the CLIP reward
@@ -241,95 +239,25 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     return (logits.softmax(-1)[:, : len(goals)] > threshold).float()
 
 
-PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": "laion2b_s32b_b79k",
-                 "ViT-bigG-14": "laion2b_s39b_b160k"}  # the models that VLM-RM compares
-
-
-def resolve_clip(clip, pretrained):
-    """Finds a CLIP model's weights, downloading what is not cached, without loading them.
-
-    Returns the name and tag that `open_clip.create_model` takes, and the input size in pixels. Ends the program where
-    open_clip would only warn: over missing weights (it makes random ones) and over a wrong activation.
-    """
-    if Path(clip).is_dir():
-        files = {path.name for path in Path(clip).iterdir()}
-        if "open_clip_config.json" not in files or not any(f.endswith((".safetensors", ".bin", ".pth")) for f in files):
-            fail(f"--clip {clip}: the directory needs an open_clip_config.json and an open_clip_model.safetensors")
-        name, tag = f"local-dir:{clip}", None
-    elif clip.startswith("hf-hub:"):
-        name, tag = clip, None
-    else:
-        name = clip.replace("/", "-")
-        if name not in open_clip.list_models():
-            near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
-            fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained or PAPER_WEIGHTS.get(name.removesuffix("-quickgelu"))
-        tag = tag or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
-        if tag not in tags:
-            fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
-        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-        if quick != open_clip.get_model_config(name).get("quick_gelu", False):
-            other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other} "
-                 f"--clip-pretrained {tag}")
-    if pretrained and not tag:
-        fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
-    try:  # without a network, do not let the hub retry for a minute before it looks into its cache
-        if not name.startswith("local-dir:"):
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        if tag:
-            open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-        elif name == clip:
-            download_pretrained_from_hf(clip.removeprefix("hf-hub:"))
-        size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
-    except Exception as error:
-        fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network, or "
-             "name a directory, such as --clip tests/tiny_clip")
-    return name, tag, size if isinstance(size, int) else size[0]
-
-
-def check_prompts(name, prompts):
-    """Ends the program over prompts that are longer than a CLIP model's context, whose tokenizer would cut them."""
-    tokenizer = open_clip.get_tokenizer(name)
-    for prompt in prompts:
-        words = prompt.split()
-        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
-            words.pop()
-        if len(words) < len(prompt.split()):
-            fail(f'the prompt "{prompt}" is too long for the model, which would not see anything after "{words[-1]}"')
-
-
 class CLIP:
-    """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
-
-    `resize_mode` is open_clip's, for frames that do not have the model's input size; None is the model's own.
+    """An open_clip model that embeds frames and prompts. `source` comes from `find_clip`.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """
 
-    def __init__(self, name, pretrained, device, precision="auto", batch_size=256, resize_mode=None):
+    def __init__(self, source, device, precision="auto", batch_size=256):
         self.device, self.batch_size = torch.device(device), batch_size
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        self.model = open_clip.create_model(name, pretrained, device=self.device, require_pretrained=True)
+        self.model = open_clip.create_model(**source.model, device=self.device, require_pretrained=True)
         self.model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name)
-        config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
-        config.resize_mode = resize_mode or config.resize_mode
-        self.transform, self.size = image_transform_v2(config, is_train=False), config.input_size[1:]  # (h, w)
-        self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
+        self.transform = image_transform_v2(source.config, is_train=False)
+        self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -337,9 +265,9 @@ class CLIP:
 
         As in VLM-RM's code, the mean of an ensemble is not normalised again.
         """
-        tokens = self.tokenizer([t.replace("{}", p) for p in prompts for t in templates]).to(self.device)
+        texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
-            embeddings = self.model.encode_text(tokens)
+            embeddings = self.model.encode_text(self.tokenizer(texts).to(self.device))
         embeddings = F.normalize(embeddings.float(), dim=-1)
         return embeddings.view(len(prompts), len(templates), -1).mean(1)
 
@@ -362,89 +290,43 @@ class CLIP:
         return (images.float() / 255.0 - self.mean) / self.std
 
 
-def make_score(args, clip):
-    """Embeds the prompts and returns the reward function of `args`, with the embeddings of the goals, [G + E, D].
+class ClipReward:
+    """The reward that `args` describe, for the G goals that are trained on and then the E held-out ones."""
 
-    The function takes frames uint8 [n, H, W, 3] to rewards [n, G + E], for the G goals and then the E held-out ones,
-    all from one pass of the image encoder. Among binary rewards the goals compete with each other and the negatives,
-    and a held-out goal also with the goals that are trained on.
-    """
-    n, m = len(args.goal), len(args.goal) + len(args.eval_goal)
-    text = clip.encode_text([*args.goal, *args.eval_goal, *args.negatives, args.baseline], args.template)
-    goals, negatives, baseline = text[:m], text[m:-1], text[-1]
+    def __init__(self, args, clip):
+        self.args, self.clip = args, clip
+        prompts = [*args.goal, *args.eval_goal, *args.negatives, args.baseline]
+        sizes = [len(args.goal), len(args.eval_goal), len(args.negatives), 1]
+        self.goals, self.held_out, self.negatives, baseline = clip.encode_text(prompts, args.template).split(sizes)
+        self.baseline = baseline[0]  # [D]
+        self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
 
-    def score(frames):
-        embeddings = clip.encode_images(frames)
+    def __call__(self, frames, goal_ids):
+        """Rewards [n, len(goal_ids)] of frames uint8 [n, H, W, 3], all from one pass of the image encoder."""
+        args, embeddings = self.args, self.clip.encode_images(frames)
         if args.reward == "regularized":
-            return regularized_reward(embeddings, goals, baseline, args.alpha).cpu().numpy()
-        sets = ((goals[:n], negatives), (goals[n:], torch.cat([goals[:n], negatives])))
-        rewards = [binary_reward(embeddings, *prompts, args.temperature, args.threshold) for prompts in sets]
-        return torch.cat(rewards, 1).cpu().numpy()
+            rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
+        else:  # the goals compete with each other and the negatives, a held-out one with all of them
+            others = torch.cat([self.goals, self.negatives])
+            trained = binary_reward(embeddings, self.goals, self.negatives, args.temperature, args.threshold)
+            unseen = binary_reward(embeddings, self.held_out, others, args.temperature, args.threshold)
+            rewards = torch.cat([trained, unseen], 1)
+        return rewards[:, list(goal_ids)].cpu().numpy()
 
-    return score, goals
 
-
-def goal_inputs(goals, trained):
-    """What a policy sees of goals [G, D], the first `trained` of which it learns: [G, D], or [G, 0] if that is one.
+def goal_inputs(goal_embeddings, n_trained):
+    """What a policy sees of goals [G, D], the first `n_trained` of which it learns: [G, D], or [G, 0] if that is one.
 
     Embeddings of sentences about one robot have most in common: they are centred on the mean of the trained goals and
     scaled to a root mean square of 1, so that the networks can tell them apart.
     """
-    if trained == 1:
-        return goals[:, :0]
-    centred = goals - goals[:trained].mean(0)
-    return centred / centred[:trained].square().mean().sqrt()
+    if n_trained == 1:
+        return goal_embeddings[:, :0]
+    centred = goal_embeddings - goal_embeddings[:n_trained].mean(0)
+    return centred / centred[:n_trained].square().mean().sqrt()
 
 
 # ---------------------------------------------------------------- the rendered environments
-
-
-def build_scene(xml_path, restyle):
-    """Compiles an environment's XML for rendering, in its own look or in ours: a `mujoco.MjModel` with the same qpos.
-
-    Our look is procedural, and spares what only costs time at a CLIP's resolution: multisampling, shadows, reflections,
-    fine meshes.
-    """
-    spec = mujoco.MjSpec.from_file(str(xml_path))
-    if not restyle:
-        return spec.compile()
-    quality = spec.visual.quality
-    quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks, quality.numquads = 0, 0, 16, 8, 1
-    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.2, 0.2, 0.2), (0.3, 0.3, 0.3)
-    for texture in list(spec.textures):
-        if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
-            spec.delete(texture)
-    spec.add_texture(name="vlmrm_sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=256, height=256,
-                     builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, rgb1=(0.45, 0.55, 0.7), rgb2=(0.15, 0.2, 0.3))
-    spec.add_texture(name="vlmrm_tiles", type=mujoco.mjtTexture.mjTEXTURE_2D, width=256, height=256,
-                     builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER, rgb1=(0.22, 0.25, 0.28), rgb2=(0.42, 0.45, 0.48))
-    floor = spec.add_material(name="vlmrm_floor", texuniform=True, texrepeat=(1, 1), reflectance=0.0)
-    floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "vlmrm_tiles"
-    spec.add_material(name="vlmrm_robot", reflectance=0.0, specular=0.3, shininess=0.3)
-
-    def paint(body, depth):
-        for geom in body.geoms:
-            if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
-                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
-                geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
-            elif geom.rgba[3] > 0:  # keep what is invisible invisible
-                shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
-                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
-        for child in body.bodies:
-            paint(child, depth + 1)
-
-    paint(spec.worldbody, 0)
-    if spec.geom("head") and spec.body("torso") and spec.body("pelvis"):
-        # The bare humanoid looks the same from the front and the back: a visor, a chest and a back tell them apart.
-        marks = [("torso", (0.065, 0, 0.2), (0.035, 0.065, 0.025), (0.08, 0.08, 0.1)),
-                 ("torso", (0.045, 0, 0.0), (0.035, 0.08, 0.05), (0.15, 0.35, 0.75)),
-                 ("torso", (-0.045, 0, 0.0), (0.035, 0.08, 0.05), (0.75, 0.2, 0.15)),
-                 ("pelvis", (0.04, 0, 0.0), (0.04, 0.07, 0.04), (0.15, 0.35, 0.75)),
-                 ("pelvis", (-0.08, 0, 0.0), (0.04, 0.07, 0.04), (0.75, 0.2, 0.15))]
-        for body, pos, size, rgb in marks:
-            spec.body(body).add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=pos, size=size, rgba=(*rgb, 1), mass=0,
-                                     material="vlmrm_robot", contype=0, conaffinity=0)
-    return spec.compile()
 
 
 class SceneRenderer:
@@ -489,23 +371,23 @@ class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
-    actions are in [-1, 1]. MuJoCo is rendered at `frame_shape`, any other environment has it already. `scene` is what
-    SceneRenderer takes.
+    actions are in [-1, 1]. `resize` makes any frame [H, W, 3], MuJoCo's if `render_size` (height, width) is another.
     """
 
-    def __init__(self, env_id, episode_length, early_termination, frame_shape, scene):
+    def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
         env = gym.make(env_id, render_mode="rgb_array", max_episode_steps=episode_length, disable_env_checker=True)
+        check_environment(env)
         if isinstance(env.action_space, gym.spaces.Box):
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         super().__init__(gym.wrappers.FlattenObservation(env))
-        self.early_termination = early_termination
+        self.early_termination, self.resize, self.renderer, self.xml_path = early_termination, resize, None, None
         self.rendering = True  # set to False where nobody looks
-        self.blank = np.zeros(frame_shape, np.uint8)
-        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32),
-                  "pixels": gym.spaces.Box(0, 255, frame_shape, np.uint8)}
-        self.renderer = None
+        self.blank = np.zeros((*frame_size, 3), np.uint8)
+        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32)}
+        spaces["pixels"] = gym.spaces.Box(0, 255, self.blank.shape, np.uint8)
         if isinstance(self.unwrapped, MujocoEnv):
-            self.renderer = SceneRenderer(self.unwrapped.fullpath, frame_shape[:2], **scene)
+            self.xml_path = self.unwrapped.fullpath
+            self.renderer = SceneRenderer(self.xml_path, render_size, **scene)
             spaces["qpos"] = gym.spaces.Box(-np.inf, np.inf, (self.unwrapped.model.nq,), np.float64)
         self.observation_space = gym.spaces.Dict(spaces)
 
@@ -514,7 +396,9 @@ class RenderedEnv(gym.Wrapper):
         if self.renderer:
             observation["qpos"] = self.unwrapped.data.qpos
         if self.rendering:
-            observation["pixels"] = self.renderer(self.unwrapped.data.qpos) if self.renderer else self.env.render()
+            frame = self.renderer(self.unwrapped.data.qpos) if self.renderer else self.env.render()
+            fits = frame.shape == self.blank.shape
+            observation["pixels"] = frame if fits else np.asarray(self.resize(Image.fromarray(frame)))
         return observation
 
     def reset(self, *, seed=None, options=None):
@@ -534,113 +418,13 @@ class RenderedEnv(gym.Wrapper):
         super().close()
 
 
-def probe_environment(env_id, scene):
-    """Makes and renders an environment once: the shape of its frames, or None for MuJoCo, which can have any.
-
-    Raises ValueError if its actions are none of ACTION_SPACES or have no bounds, or it has no rgb_array rendering.
-    """
-    env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-    if not isinstance(env.action_space, ACTION_SPACES):
-        needed = " or ".join(space.__name__ for space in ACTION_SPACES)
-        raise ValueError(f"this script needs actions in a {needed}, not {env.action_space}: choose another environment")
-    if isinstance(env.action_space, gym.spaces.Box) and not env.action_space.is_bounded():
-        raise ValueError("its actions have no bounds: choose another environment")
-    if "rgb_array" not in env.metadata.get("render_modes", []):
-        raise ValueError("it has no rgb_array rendering for CLIP to look at: choose another environment")
-    env.reset(seed=0)
-    if not isinstance(env.unwrapped, MujocoEnv):
-        shape = env.render().shape
-        env.close()  # pygame catches SIGTERM while it is open, and the pool could not end this process
-        return shape
-    SceneRenderer(env.unwrapped.fullpath, (64, 64), **scene)(env.unwrapped.data.qpos)
-
-
-@contextlib.contextmanager
-def make_envs(args, frame_size):
-    """Context of the vector of rendered environments; MuJoCo's frames are `frame_size` pixels high and wide.
-
-    The workers are gone when it ends, however it ends.
-    Autoreset is disabled: the frame at the end of an episode is that of its last state, not of the next one's first.
-    Observations are views of shared memory that the next step overwrites.
-    """
-    scene = dict(distance=args.camera_distance, elevation=args.camera_elevation, azimuth=args.camera_azimuth,
-                 lookat=args.camera_lookat, follow=args.camera_follow, restyle=args.restyle)
-    # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
-    forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
-    context = multiprocessing.get_context("fork" if forkable else "spawn")
-    rendering = f"rendering with MUJOCO_GL={os.environ.get('MUJOCO_GL')}"
-    try:
-        with context.Pool(1) as pool:  # OpenGL starts in a process of its own, not in this one
-            shape = pool.apply_async(probe_environment, (args.env_id, scene)).get(timeout=60)
-    except multiprocessing.TimeoutError:
-        fail(f"{rendering} gives no frame within 60 seconds; {EGL_ADVICE}")
-    except ImportError as error:
-        fail(f"{rendering} fails ({error}); {EGL_ADVICE}")
-    except Exception as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    if shape and shape[0] != shape[1] and args.reward != "env" and not args.image_resize_mode:
-        print(f"warning: frames of {args.env_id} are {shape[0]} pixels high and {shape[1]} wide; most CLIP models see "
-              "the square in the middle only; --image-resize-mode longest shows them all", file=sys.stderr)
-    make = functools.partial(RenderedEnv, args.env_id, args.episode_length, args.early_termination,
-                             shape or (frame_size, frame_size, 3), scene)
-    # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    envs = gym.vector.AsyncVectorEnv([make] * args.num_envs, copy=False, context=context.get_start_method(),
-                                     autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    try:
-        envs.reset_async()
-        envs.reset_wait(timeout=120)
-        yield envs
-    except multiprocessing.TimeoutError:
-        fail(f"{rendering} hangs with {args.num_envs} processes: use --num-envs 1, or another MUJOCO_GL")
-    except (EOFError, ConnectionError):
-        for index, process in enumerate(envs.processes):
-            process.join(0.1)
-            if not process.is_alive():
-                raise RunError(f"the process of environment {index} died (exit code {process.exitcode})") from None
-        raise
-    finally:
-        for process in envs.processes:
-            process.kill()
-            process.join()
-        envs.closed = True  # its own close() would wait for answers
-
-
-def episode_seeds(*key, n):
-    """Seeds of `n` episodes that depend on `key` alone, so that a run can be repeated from any point of it."""
-    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
-
-
-# ---------------------------------------------------------------- the networks
-
-
-class RunningNorm(nn.Module):
-    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-
-    def update(self, x):
-        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
-        n, total, delta = len(x), self.count + len(x), x.double().mean(0) - self.mean
-        var = x.double().var(0, correction=0)
-        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
-        self.mean += delta * n / total
-        self.count.copy_(total)
-
-    def forward(self, x):
-        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
+# ---------------------------------------------------------------- the networks and SAC
 
 
 def mlp(inputs, outputs, hidden=256):
     """Two hidden layers of 256 with ReLU, as VLM-RM has them."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                         nn.Linear(hidden, outputs))
+    layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)]
+    return nn.Sequential(*layers)
 
 
 class Actor(nn.Module):
@@ -670,7 +454,8 @@ class Critic(nn.Module):
 
     def __init__(self, input_dim, action_dim):
         super().__init__()
-        self.q1, self.q2 = mlp(input_dim + action_dim, 1), mlp(input_dim + action_dim, 1)
+        self.q1 = mlp(input_dim + action_dim, 1)
+        self.q2 = mlp(input_dim + action_dim, 1)
 
     def forward(self, inputs, actions):
         """Both values of each pair, [2, B]."""
@@ -690,30 +475,33 @@ class SAC(nn.Module):
         self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
         self.register_buffer("goals", torch.zeros(1, 0) if goals is None else goals)
         input_dim = state_dim + self.goals.shape[1]
-        self.actor, self.critic = Actor(input_dim, action_dim), Critic(input_dim, action_dim)
+        self.actor = Actor(input_dim, action_dim)
+        self.critic = Critic(input_dim, action_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_ent_coef = nn.Parameter(torch.tensor(math.log(args.ent_coef)))
 
     def make_optimizers(self):
         """Adam for the actor, the critic and the entropy coefficient; call it once the agent is on its device."""
         adam = functools.partial(torch.optim.Adam, lr=self.args.learning_rate, fused=True)
-        self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters()),
-                           "ent_coef": adam([self.log_ent_coef])}
+        self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters())}
+        self.optimizers["ent_coef"] = adam([self.log_ent_coef])
 
-    def inputs(self, states, goals):
-        """What the networks see of raw states [B, S] and indices of goals [B]: [B, S + D]."""
-        return torch.cat([self.normalizer(states), self.goals[goals]], -1)
+    def inputs(self, states, goal_ids):
+        """What the networks see of raw states [B, S] and the goals of these indices [B]: [B, S + D]."""
+        return torch.cat([self.normalizer(states), self.goals[goal_ids]], -1)
 
     @torch.no_grad()
-    def act(self, states, goals, deterministic=False):
-        """Actions in [-1, 1] for raw states [N, S] and goals [N] (indices): numpy to numpy [N, A]."""
-        inputs = self.inputs(*(torch.as_tensor(x, device=self.goals.device) for x in (states, goals)))
+    def act(self, states, goal_ids, deterministic=False):
+        """Actions in [-1, 1] for raw states [N, S] and goal indices [N]: numpy to numpy [N, A]."""
+        states = torch.as_tensor(states, device=self.goals.device)
+        inputs = self.inputs(states, torch.as_tensor(goal_ids, device=self.goals.device))
         actions = torch.tanh(self.actor(inputs)[0]) if deterministic else self.actor.sample(inputs)[0]
         return actions.cpu().numpy()
 
     def update(self, batch):
         """One gradient step of the critics, the actor and the entropy coefficient; returns losses as 0-d tensors."""
-        states, next_states = (self.inputs(batch[name], batch["goals"]) for name in ("states", "next_states"))
+        states = self.inputs(batch["states"], batch["goal_ids"])
+        next_states = self.inputs(batch["next_states"], batch["goal_ids"])
         ent_coef = self.log_ent_coef.detach().exp()
 
         with torch.no_grad():
@@ -725,24 +513,25 @@ class SAC(nn.Module):
             target = batch["rewards"] + discounts * next_q  # [B]
         q = self.critic(states, batch["actions"])  # [2, B]
         critic_loss = (q - target).square().mean(1).sum()
-        self.step("critic", critic_loss)
+        self.gradient_step("critic", critic_loss)
 
         actions, log_prob = self.actor.sample(states)
         self.critic.requires_grad_(False)  # the actor's loss needs gradients of the actions only
         actor_loss = (ent_coef * log_prob - self.critic(states, actions).min(0).values).mean()
-        self.step("actor", actor_loss)
+        self.gradient_step("actor", actor_loss)
         self.critic.requires_grad_(True)
 
         if self.args.autotune:
-            self.step("ent_coef", -self.log_ent_coef * (log_prob.detach() + self.target_entropy).mean())
+            entropy_gap = (log_prob.detach() + self.target_entropy).mean()
+            self.gradient_step("ent_coef", -self.log_ent_coef * entropy_gap)
 
         with torch.no_grad():
             for parameter, slow in zip(self.critic.parameters(), self.critic_target.parameters(), strict=True):
                 slow.lerp_(parameter, self.args.tau)
-        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_values": q.detach().mean(),
-                "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
+        losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
+        return losses | {"q_values": q.detach().mean(), "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
 
-    def step(self, name, loss):
+    def gradient_step(self, name, loss):
         self.optimizers[name].zero_grad()
         loss.backward()
         self.optimizers[name].step()
@@ -758,7 +547,8 @@ def n_step_returns(rewards, next_states, terminated, ended, gamma, n):
     counts [T, N]: gamma to the number of steps, or 0 if the state is terminal. It is not 0 at a time limit: a truncated
     episode is bootstrapped from its real last state.
     """
-    returns, reached, discounts = rewards.copy(), next_states.copy(), gamma * (1.0 - terminated)
+    returns, reached = rewards.copy(), next_states.copy()
+    discounts = gamma * (1.0 - terminated)
     goes_on = ~ended
     for k in range(1, min(n, len(ended))):
         here = goes_on[:-k]  # the episode of step t has a step t + k
@@ -775,14 +565,15 @@ class ReplayBuffer:
     A row holds the transition's reward for every goal, so that what was collected for one goal can serve all others.
     """
 
-    def __init__(self, capacity, state_dim, action_dim, device, goals=1):
-        self.capacity, self.total, self.saved = capacity, 0, 0  # rows it holds, was ever given, has on disk
-        self.names = ("states", "actions", "rewards", "next_states", "discounts", "goals")
-        self.widths = (state_dim, action_dim, goals, state_dim, 1, 1)
+    def __init__(self, capacity, state_dim, action_dim, device, n_goals=1):
+        self.capacity, self.total = capacity, 0  # rows it holds, and was ever given
+        self.saved = 0  # how many of `total` are on disk
+        self.names = ("states", "actions", "rewards", "next_states", "discounts", "goal_ids")
+        self.widths = (state_dim, action_dim, n_goals, state_dim, 1, 1)
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # memory is taken as it fills
 
     def add(self, **transitions):
-        """Stores N <= capacity transitions, each value [N, ...] and the rewards [N, goals], over the oldest ones."""
+        """Stores N <= capacity transitions, each value [N, ...] and the rewards [N, G], over the oldest ones."""
         n = len(transitions["rewards"])
         rows = torch.cat([transitions[name].reshape(n, -1).to(self.rows) for name in self.names], 1)
         self.rows[torch.arange(self.total, self.total + n) % self.capacity] = rows
@@ -791,191 +582,384 @@ class ReplayBuffer:
     def sample(self, batch_size, relabel=0.0):
         """A uniform batch, with replacement: name -> [B, ...].
 
-        A share `relabel` of it gets another goal than it was collected for; rewards [B] are those for the goals [B].
+        A share `relabel` of it gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
         """
         index = torch.randint(min(self.total, self.capacity), (batch_size,), device=self.rows.device)
         batch = dict(zip(self.names, self.rows[index].split(self.widths, 1), strict=True))
-        goals, n = batch["goals"].long(), batch["rewards"].shape[1]
-        if relabel and n > 1:
-            other = (goals + torch.randint(1, n, goals.shape, device=goals.device)) % n
-            goals = torch.where(torch.rand(goals.shape, device=goals.device) < relabel, other, goals)
-        batch |= {"goals": goals, "rewards": batch["rewards"].gather(1, goals)}
-        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "discounts", "goals")}
-
-    def save(self, path):
-        """Writes the rows that are new since the last call, at most `capacity`, to a ring of twice the capacity.
-
-        So a checkpoint costs what is new, not the buffer, and never overwrites a row that the checkpoint before needs.
-        """
-        ring = 2 * self.capacity
-        with open(path, "r+b" if path.exists() else "wb") as file:
-            while self.saved < self.total:
-                n = min(self.total - self.saved, ring - self.saved % ring)  # up to the end of the ring
-                rows = self.rows[torch.arange(self.saved, self.saved + n) % self.capacity].cpu().numpy()
-                file.seek(self.saved % ring * rows[0].nbytes)
-                file.write(rows)
-                self.saved += n
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load(self, path, total):
-        """Reads the buffer as it was when it had been given `total` rows; ValueError if the file is too short."""
-        width, index = sum(self.widths), np.arange(max(0, total - self.capacity), total)
-        if total:
-            ring = np.memmap(path, np.float32, "r")
-            ring = ring[: len(ring) // width * width].reshape(-1, width)
-            if (index % (2 * self.capacity)).max() >= len(ring):
-                raise ValueError(f"{path} is truncated")
-            self.rows[index % self.capacity] = torch.from_numpy(ring[index % (2 * self.capacity)]).to(self.rows)
-        self.total = self.saved = total
-
-
-# ---------------------------------------------------------------- checkpoints, evaluation, video
-
-
-def save_atomically(checkpoint, path):
-    """Replaces a checkpoint such that a kill at any instant, or a full disk, leaves the old one or the new one."""
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def load_checkpoint(path):
-    """A checkpoint's dict; loading it runs nothing that a crafted file could hold. Ends the program if it is none."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in CHECKPOINT}
-    except FileNotFoundError:
-        fail(f"--resume: there is no {path}")
-    except Exception as error:
-        fail(f"--resume: {path} is truncated or no checkpoint of this script ({type(error).__name__})")
-
-
-def evaluate(envs, policy, score, episodes, episode_length, seed, end_at_success=False):
-    """Plays deterministic episodes, always from the same starts, and scores their frames.
-
-    Args:
-        policy: states [N, S] to actions [N, ...].
-        score: frames uint8 [n, H, W, 3] to rewards [n], or None.
-        end_at_success: whether an episode counts only up to its first reward of 1.
-    Returns:
-        dict of arrays: "clip_rewards" and "env_rewards" [episodes, T] (0 after an early termination), "lengths"
-        [episodes], "qpos" [episodes, T, nq] for MuJoCo, and "frames" [T, H, W, 3] of the first episode. What is at t
-        belongs to the state after step t.
-    """
-    rounds = []
-    seeds = episode_seeds(seed, 1, n=episodes + envs.num_envs)
-    for start in range(0, episodes, envs.num_envs):
-        observation, _ = envs.reset(seed=seeds[start : start + envs.num_envs])
-        alive, steps = np.ones(envs.num_envs, bool), []
-        for _ in range(episode_length):
-            observation, rewards, terminated, _, _ = envs.step(policy(observation["state"]))
-            step = {name: value.copy() for name, value in observation.items() if name != "state"}
-            steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
-            alive &= ~terminated
-        steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
-        pixels = steps.pop("pixels")
-        if score:
-            clip_rewards = score(pixels.reshape(-1, *pixels.shape[2:])).reshape(steps["alive"].shape)
-            if end_at_success:
-                steps["alive"] &= np.cumsum(clip_rewards, 1) - clip_rewards == 0
-            steps["clip_rewards"] = clip_rewards * steps["alive"]
-        steps["env_rewards"] *= steps["alive"]
-        if start == 0:
-            frames = pixels[0]
-        rounds.append(steps)
-    result = {name: np.concatenate([steps[name] for steps in rounds])[:episodes] for name in rounds[0]}
-    return {**result, "lengths": result.pop("alive").sum(1), "frames": frames}
-
-
-def write_video(path, frames, rewards, fps=30):
-    """Writes frames [T, H, W, 3] as an mp4 with its reward on each frame, enlarged so that it can be read."""
-    scale = -(-384 // frames.shape[1])
-    low, high = float(np.min(rewards)), float(np.max(rewards))
-    with imageio.get_writer(path, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
-        for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
-            image = Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.NEAREST)
-            draw = ImageDraw.Draw(image)
-            width = (reward - low) / max(high - low, 1e-8) * (image.width - 16)  # the bar spans this episode's rewards
-            draw.rectangle((8, image.height - 14, 8 + width, image.height - 8), fill=(255, 200, 0))
-            draw.text((8, 6), f"step {t + 1}   reward {reward:+.4f}", fill=(255, 255, 255), font_size=18)
-            writer.append_data(np.asarray(image))
-
-
-def slug(text):
-    """A sentence as a part of a file's or a curve's name."""
-    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
-
-
-def episode_charts(args, ended, env_rewards, clip_rewards, goals):
-    """Mean return and length of the episodes that ended in a phase, for the log; of their parts, if none ended.
-
-    Everything is [T, N]: `ended` is true at an episode's last step, `goals` are indices; `clip_rewards` may be None.
-    Where episodes may end early, this favours short ones, since the phase's end cuts the others: judge by `eval/*`.
-    """
-    last = ended.copy()
-    last[-1] = True  # the end of the phase cuts the episodes that go on
-    stops = np.flatnonzero(last.T)  # in [N, T], where an episode's steps are neighbours
-    counted = ended.T.ravel()[stops] if ended.any() else np.ones(len(stops), bool)
-    starts, goals = np.append(0, stops[:-1] + 1), goals.T.ravel()[stops]
-
-    def returns(rewards):
-        return np.add.reduceat(rewards.T.ravel(), starts)
-
-    charts = {"charts/env_return": returns(env_rewards)[counted].mean(),
-              "charts/episodic_length": (stops - starts + 1)[counted].mean()}
-    if clip_rewards is not None:
-        charts["charts/clip_return"] = returns(clip_rewards)[counted].mean()
-        for i in np.unique(goals[counted]) if len(args.goal) > 1 else ():
-            charts[f"charts/clip_return/{slug(args.goal[i])}"] = returns(clip_rewards)[counted & (goals == i)].mean()
-    return charts
-
-
-def evaluate_goals(args, envs, agent, score, writer, run_dir, global_step):
-    """Evaluates the agent on every goal, the held-out ones too; writes videos, image strips and rollouts.
-
-    Returns the scalars to log and the mean return over the goals that are trained on: the CLIP return, or with
-    `--reward env` the environment's.
-    """
-    charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
-    envs.set_attr("rendering", score is not None or args.video)
-    for index, goal in enumerate(goals):
-
-        def policy(states, index=index):
-            return agent.act(states, np.full(len(states), index), deterministic=True)
-
-        def goal_score(frames, index=index):
-            return score(frames)[:, index]
-
-        result = evaluate(envs, policy, score and goal_score, args.eval_episodes, args.episode_length, args.seed,
-                          args.terminate_on_success)
-        frames, length = result.pop("frames"), result["lengths"][0]
-        curve, file = (f"/{slug(goal)}", f"{global_step}-{slug(goal)}") if len(goals) > 1 else ("", f"{global_step}")
-        for name in ("clip_rewards", "env_rewards"):
-            if name in result:
-                charts[f"eval/{name.replace('rewards', 'return')}{curve}"] = result[name].sum(1).mean()
-        if args.reward == "binary":  # VLM-SR's measure: was the goal reached at all
-            charts[f"eval/success_rate{curve}"] = result["clip_rewards"].any(1).mean()
-        charts[f"eval/episodic_length{curve}"] = result["lengths"].mean()
-        shown = result.get("clip_rewards", result["env_rewards"])
-        returns.append(float(shown.sum(1).mean()))
-        if score or args.video:
-            strip = frames[np.linspace(0, length - 1, 8).astype(int)]  # [8, H, W, 3]
-            writer.add_image(f"eval/strip{curve}", np.concatenate(list(strip), axis=1), global_step, dataformats="HWC")
-        if args.video:
-            write_video(run_dir / "videos" / f"{file}.mp4", frames[:length], shown[0, :length])
-        if args.save_rollouts:
-            np.savez_compressed(run_dir / "rollouts" / f"{file}.npz", env_id=args.env_id, goal=goal, **result)
-    mean_return = float(np.mean(returns[: len(args.goal)]))
-    if len(goals) > 1:
-        charts["eval/clip_return"] = mean_return
-    return charts, mean_return
+        goal_ids, n_goals = batch["goal_ids"].long(), batch["rewards"].shape[1]
+        if relabel and n_goals > 1:
+            other = (goal_ids + torch.randint(1, n_goals, goal_ids.shape, device=goal_ids.device)) % n_goals
+            swapped = torch.rand(goal_ids.shape, device=goal_ids.device) < relabel
+            goal_ids = torch.where(swapped, other, goal_ids)
+        batch |= {"goal_ids": goal_ids, "rewards": batch["rewards"].gather(1, goal_ids)}
+        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "discounts", "goal_ids")}
 
 
 # ---------------------------------------------------------------- training
+
+
+def train(args):
+    """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
+    with start_run(args) as run:  # its folder, log, rendered environments and CLIP reward
+        envs, device, reward = run.envs, run.device, run.reward
+        n_goals, action_dim = len(args.goal), run.action_space.shape[0]
+        torch.manual_seed(args.seed)
+        agent = make_agent(args, run)
+        agent.make_optimizers()
+        buffer = ReplayBuffer(args.buffer_size, run.state_dim, action_dim, device, n_goals)
+        global_step, owed_updates, best_return = 0, 0.0, -math.inf
+        if run.saved:  # --resume
+            load_rows(buffer, run.dir / "replay.bin", run.saved["buffer_total"], args.traceback)
+            agent.load_state_dict(run.saved["agent"])
+            for name, optimizer in agent.optimizers.items():
+                optimizer.load_state_dict(run.saved["optimizers"][name])
+            global_step, owed_updates = run.saved["global_step"], run.saved["owed_updates"]
+            best_return = run.saved["best_return"]
+
+        def save(name):
+            if name == "checkpoint.pt":
+                save_rows(buffer, run.dir / "replay.bin")  # on disk before what refers to it
+            progress = dict(global_step=global_step, owed_updates=owed_updates, best_return=best_return)
+            save_checkpoint(run, name, agent, buffer_total=buffer.total, **progress)
+
+        # A phase is one episode of every environment. Arrays are [T, N, ...].
+        shape = (args.episode_length, args.num_envs)
+        phase_frames = args.episode_length * args.num_envs
+        states, next_states = np.empty((2, *shape, run.state_dim), np.float32)
+        actions = np.empty((*shape, action_dim), np.float32)
+        goal_ids = np.empty(shape, np.int64)
+        rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
+        env_rewards = np.empty(shape, np.float32)
+        terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
+        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if reward else None
+
+        while global_step < args.total_timesteps and not run.stopped_by:
+            clock = [time.perf_counter()]
+            # Each phase has random numbers of its own, which follow from the seed and its first frame: nothing to save.
+            first_step = global_step
+            *starts, numpy_seed, torch_seed = episode_seeds(args.seed, 0, first_step, n=args.num_envs + 2)
+            np_rng = np.random.default_rng(numpy_seed)
+            torch.manual_seed(torch_seed)
+
+            # COLLECT: one episode in every environment, into an unlabelled batch
+            envs.set_attr("rendering", reward is not None)
+            state = envs.reset(seed=starts)[0]["state"].copy()
+            goal_id = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
+            for t in range(args.episode_length):
+                if run.stopped_by:
+                    break
+                if first_step < args.learning_starts:
+                    actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
+                else:
+                    actions[t] = agent.act(state, goal_id)
+                observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
+                # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
+                states[t], next_states[t], goal_ids[t] = state, observation["state"], goal_id
+                state = next_states[t].copy()
+                if reward:
+                    pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
+                ended[t] = terminated[t] | truncated
+                if args.terminate_on_success:
+                    rewards[t] = reward(pixels[t], range(n_goals))
+                    ended[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
+                if ended[t].any() and t < args.episode_length - 1:  # an episode ended early: the next one starts
+                    seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
+                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+                    goal_id = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal_id)
+            if run.stopped_by:
+                break  # the phase is dropped: nothing has learned from it yet
+            check_finite("a state", next_states, global_step)
+            global_step += phase_frames
+            clock.append(time.perf_counter())
+
+            # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
+            if not reward:
+                rewards = env_rewards[..., None]
+            elif not args.terminate_on_success:
+                rewards = reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
+            check_finite("a reward", rewards, global_step)
+            pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
+            clock.append(time.perf_counter())
+
+            # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual
+            outcome = (rewards, next_states, terminated, ended)
+            returns, reached, discounts = n_step_returns(*outcome, args.gamma, args.n_step)
+            transitions = {"states": states, "actions": actions, "rewards": returns, "next_states": reached}
+            transitions |= {"discounts": discounts, "goal_ids": goal_ids}
+            buffer.add(**{name: torch.from_numpy(x).flatten(0, 1) for name, x in transitions.items()})
+            if args.normalize_obs:
+                agent.normalizer.update(torch.from_numpy(states).flatten(0, 1).to(device))
+            if args.anneal_lr:
+                for optimizer in agent.optimizers.values():
+                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - first_step / args.total_timesteps)
+            if global_step >= args.learning_starts:
+                owed_updates += phase_frames * args.updates_per_frame
+            losses = {}
+            while owed_updates >= 1.0:
+                owed_updates -= 1.0
+                losses = agent.update(buffer.sample(args.batch_size, args.relabel))
+            losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
+            check_finite(f"a loss ({losses})", list(losses.values()), global_step)
+            clock.append(time.perf_counter())
+
+            # EVALUATE: deterministic episodes from fixed starts
+            charts = episode_charts(args, ended, env_rewards, pursued if reward else None, goal_ids)
+            last, better = global_step >= args.total_timesteps, False
+            if last or global_step // args.eval_every > first_step // args.eval_every:
+                results, mean_return = evaluate_goals(args, run, agent, global_step)
+                charts |= results
+                better = mean_return > best_return  # VLM-RM judges the one with the highest *training* reward
+                best_return = max(mean_return, best_return)
+            clock.append(time.perf_counter())
+            log_phase(run, charts, losses, clock, global_step)
+
+            # SAVE
+            if better:
+                save("best.pt")
+            # The next phase may not overwrite rows that are not on disk.
+            full = buffer.total - buffer.saved + phase_frames > buffer.capacity
+            if last or full or global_step // args.checkpoint_every > first_step // args.checkpoint_every:
+                save("checkpoint.pt")
+        if run.stopped_by:
+            save("checkpoint.pt")
+    return run.dir
+
+
+# ---------------------------------------------------------------- not the method: finding weights, worker processes and
+# signals, checkpoints, evaluation and video, checks, the command line. What is above is all there is to the algorithm.
+
+
+ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
+
+
+def make_agent(args, run):
+    """A new agent for a run's environment and goals, on its device."""
+    goals = goal_inputs(run.goal_embeddings, len(args.goal))
+    return SAC(args, run.state_dim, run.action_space.shape[0], goals).to(run.device)
+
+
+def check_algorithm(args):
+    """Raises ValueError over flags of the algorithm that cannot work together; warns where nothing would be learned."""
+    phase_frames = args.episode_length * args.num_envs
+    if args.buffer_size < phase_frames:
+        raise ValueError(f"--buffer-size must hold at least an episode of every environment, {phase_frames}")
+    if args.terminate_on_success and args.n_step > 1:
+        raise ValueError("--terminate-on-success needs --n-step 1: with another goal an episode would end elsewhere")
+    if args.learning_starts >= args.total_timesteps and not args.play:
+        late = f"--learning-starts {args.learning_starts} is not below --total-timesteps {args.total_timesteps}"
+        print(f"warning: {late}: nothing will be learned", file=sys.stderr)
+
+
+class RunError(Exception):
+    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN, a full disk."""
+
+
+@contextlib.contextmanager
+def one_line_errors(traceback):
+    """Words whatever is raised inside as one line on standard error and ends with status 2, or shows its traceback."""
+    logging.disable(logging.ERROR)  # open_clip logs what it raises as well
+    try:
+        yield
+    except Exception as error:
+        if traceback:
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        print(f"{Path(sys.argv[0]).name}: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---- finding weights
+
+# Where --clip-pretrained names none: VLM-RM's weights of its four models, and for others the best that open_clip lists.
+DEFAULT_WEIGHTS = {
+    "RN50": "openai",  # VLM-RM
+    "ViT-L-14": "laion2b_s32b_b82k",  # VLM-RM
+    "ViT-H-14": "laion2b_s32b_b79k",  # VLM-RM
+    "ViT-bigG-14": "laion2b_s39b_b160k",  # VLM-RM
+    "ViT-B-32": "laion2b_s34b_b79k",
+    "ViT-B-16": "laion2b_s34b_b88k",
+    "ViT-g-14": "laion2b_s34b_b88k",
+    "ViT-H-14-quickgelu": "dfn5b",
+}
+
+
+def find_clip(clip, pretrained=None, resize_mode=None):
+    """What a CLIP model is made of and how it wants its images, before its weights are downloaded or loaded.
+
+    Takes --clip, --clip-pretrained and --image-resize-mode. Returns `model`, what `open_clip.create_model` takes; its
+    `tokenizer`; and its preprocessing, `config`.
+    """
+    is_dir = Path(clip).is_dir()
+    is_hub = clip.startswith("hf-hub:")
+    try:  # without a network the hub's client would try each file that is not cached for half a minute
+        if not is_dir:
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except OSError as error:
+        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
+    if is_dir or is_hub:
+        if pretrained:
+            raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
+        model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
+        file = Path(clip) / "open_clip_config.json"
+        if is_hub:
+            file = download_pretrained_from_hf(clip.removeprefix("hf-hub:"), file.name)
+        config = json.loads(Path(file).read_text())
+        architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+    else:
+        name = clip.replace("/", "-")
+        architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+        if not tags:
+            known = "open_clip.list_pretrained() has those with weights, such as ViT-L-14"
+            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
+        tag = pretrained or DEFAULT_WEIGHTS.get(name, tags[0])
+        if tag not in tags and not Path(tag).is_file():
+            raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
+        preprocess = open_clip.get_pretrained_cfg(name, tag)
+        # The weights know the activation that they were trained with; open_clip would only warn of another one.
+        quick_gelu = preprocess.get("quick_gelu", False)
+        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
+    known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
+    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
+    config.resize_mode = resize_mode or config.resize_mode
+    return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
+
+
+def check_prompts(tokenizer, prompts):
+    """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
+    for prompt in prompts:
+        words = prompt.split()
+        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
+            words.pop()
+        if len(words) < len(prompt.split()):
+            raise ValueError(f'the prompt "{prompt}" is too long: the model would see nothing after "{words[-1]}"')
+
+
+# ---- the look of MuJoCo
+
+
+def build_scene(xml_path, restyle):
+    """Compiles an environment's XML for rendering, in its own look or in ours: a `mujoco.MjModel` with the same qpos.
+
+    Our look is procedural, and spares what only costs time at a CLIP's resolution: multisampling, shadows, reflections,
+    fine meshes.
+    """
+    spec = mujoco.MjSpec.from_file(str(xml_path))
+    if not restyle:
+        return spec.compile()
+    quality = spec.visual.quality
+    quality.offsamples, quality.shadowsize = 0, 0
+    quality.numslices, quality.numstacks, quality.numquads = 16, 8, 1
+    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.2, 0.2, 0.2), (0.3, 0.3, 0.3)
+    for texture in list(spec.textures):
+        if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
+            spec.delete(texture)
+    kinds, patterns = mujoco.mjtTexture, mujoco.mjtBuiltin
+    sky = dict(type=kinds.mjTEXTURE_SKYBOX, builtin=patterns.mjBUILTIN_GRADIENT, width=256, height=256)
+    spec.add_texture(name="vlmrm_sky", rgb1=(0.45, 0.55, 0.7), rgb2=(0.15, 0.2, 0.3), **sky)
+    tiles = dict(type=kinds.mjTEXTURE_2D, builtin=patterns.mjBUILTIN_CHECKER, width=256, height=256)
+    spec.add_texture(name="vlmrm_tiles", rgb1=(0.22, 0.25, 0.28), rgb2=(0.42, 0.45, 0.48), **tiles)
+    floor = spec.add_material(name="vlmrm_floor", texuniform=True, texrepeat=(1, 1), reflectance=0.0)
+    floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "vlmrm_tiles"
+    spec.add_material(name="vlmrm_robot", reflectance=0.0, specular=0.3, shininess=0.3)
+
+    def paint(body, depth):
+        for geom in body.geoms:
+            if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
+                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
+                geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
+            elif geom.rgba[3] > 0:  # keep what is invisible invisible
+                shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
+                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
+        for child in body.bodies:
+            paint(child, depth + 1)
+
+    paint(spec.worldbody, 0)
+    if spec.geom("head") and spec.body("torso") and spec.body("pelvis"):
+        # The bare humanoid looks the same from the front and the back: a visor, a chest and a back tell them apart.
+        dark, blue, red = (0.08, 0.08, 0.1, 1), (0.15, 0.35, 0.75, 1), (0.75, 0.2, 0.15, 1)
+        for body, pos, size, rgba in (
+            ("torso", (0.065, 0, 0.2), (0.035, 0.065, 0.025), dark),
+            ("torso", (0.045, 0, 0.0), (0.035, 0.08, 0.05), blue),
+            ("torso", (-0.045, 0, 0.0), (0.035, 0.08, 0.05), red),
+            ("pelvis", (0.04, 0, 0.0), (0.04, 0.07, 0.04), blue),
+            ("pelvis", (-0.08, 0, 0.0), (0.04, 0.07, 0.04), red),
+        ):
+            box = spec.body(body).add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=pos, size=size, rgba=rgba)
+            box.material, box.mass, box.contype, box.conaffinity = "vlmrm_robot", 0, 0, 0
+    return spec.compile()
+
+
+# ---- worker processes and signals
+
+
+def scene_of(args):
+    """What SceneRenderer takes of the flags."""
+    names = ("distance", "elevation", "azimuth", "lookat", "follow")
+    return {name: getattr(args, f"camera_{name}") for name in names} | {"restyle": args.restyle}
+
+
+def check_environment(env):
+    """Raises ValueError if the algorithm can't act in an environment, or CLIP can't see it."""
+    if not isinstance(env.action_space, ACTION_SPACES):
+        needed = " or ".join(space.__name__ for space in ACTION_SPACES)
+        raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}")
+    if "rgb_array" not in env.metadata.get("render_modes", []):
+        raise ValueError(f"{env.spec.id} has no rgb_array rendering for CLIP to look at")
+
+
+def start_workers(args, config):
+    """The vector of rendered environments, each in a process of its own, with frames of the size in `config`.
+
+    Observations are views of shared memory that the next step overwrites. Autoreset is disabled: the frame at the end
+    of an episode is that of its last state, not of the next one's first.
+    """
+    frame_size = config.input_size[1:]
+    render_size = (args.render_size, args.render_size) if args.render_size else frame_size
+    resize = Compose(image_transform_v2(config, is_train=False).transforms[:-2])  # open_clip's, while still an image
+    flags = (args.env_id, args.episode_length, args.early_termination, scene_of(args))
+    make_env = functools.partial(RenderedEnv, *flags, render_size, frame_size, resize)
+    # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
+    forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
+    settings = {"copy": False, "context": "fork" if forkable else "spawn"}
+    settings["autoreset_mode"] = gym.vector.AutoresetMode.DISABLED
+    # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    envs = gym.vector.AsyncVectorEnv([make_env] * args.num_envs, **settings)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return envs
+
+
+@contextlib.contextmanager
+def make_envs(args, config):
+    """Context of `start_workers`, after its first frames; no process is left when it ends, however it ends."""
+    gym.logger.min_level = gym.logger.ERROR + 1  # it would print a worker's traceback, and raises the error as well
+    envs = start_workers(args, config)
+    try:
+        envs.reset_async()
+        envs.reset_wait(timeout=120)  # on some drivers several processes hang in their first frame
+        yield envs
+    except multiprocessing.TimeoutError:
+        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} and {args.num_envs} processes"
+        raise RuntimeError(f"no frame in 120 s with {where}: use --num-envs 1, or another MUJOCO_GL") from None
+    except (EOFError, ConnectionError):
+        for index, process in enumerate(envs.processes):
+            process.join(0.1)
+            if not process.is_alive():
+                raise RunError(f"the process of environment {index} died (exit code {process.exitcode})") from None
+        raise
+    finally:
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        envs.closed = True  # its own close() would wait for answers
+
+
+def episode_seeds(*key, n):
+    """Seeds of `n` episodes that depend on `key` alone, so that a run can be repeated from any point of it."""
+    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
 
 
 @contextlib.contextmanager
@@ -997,289 +981,426 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+# ---- a run: its folder, checkpoints and log
+
+
+@contextlib.contextmanager
+def start_run(args):
+    """Context of all that a run needs beside its algorithm; a mistake found on the way is one line and status 2.
+
+    Yields `dir`; `saved`, the checkpoint of --resume or --play, or None; `device`; `envs`, with their `state_dim`,
+    `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and
+    `progress`, to log with; and `stopped_by`, the signals received.
+    """
+    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0), start_time=time.time())
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(args.traceback):
+            check_args(args)
+            check_algorithm(args)
+            run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+            run.dir = args.play or args.resume or args.run_dir or Path("runs") / run_name
+            if args.play or args.resume:
+                run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
+            run.first_step = run.saved["global_step"] if run.saved else 0
+            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
+            (run.dir / "rollouts").mkdir(exist_ok=True)
+            config = PreprocessCfg()
+            if args.reward != "env":
+                source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
+                prompts = (*args.goal, *args.eval_goal, *args.negatives, args.baseline)
+                check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts for t in args.template])
+                config = source.config
+            # Workers start before CUDA or a model is up, so that they can be forked.
+            run.envs = stack.enter_context(make_envs(args, config))
+            run.stopped_by = stack.enter_context(stop_signals())
+            run.state_dim = run.envs.single_observation_space["state"].shape[0]
+            run.frame_shape = run.envs.single_observation_space["pixels"].shape
+            run.action_space = run.envs.single_action_space
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            run.device = torch.device(device if args.device == "auto" else args.device)
+            if args.reward != "env":
+                warn_of_rewards(args, run.envs)
+                run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
+                run.goal_embeddings = run.reward.goal_embeddings
+            if not args.play:
+                stack.enter_context(open_log(args, run))
+        try:
+            yield run
+        except OSError as error:
+            if isinstance(error, ConnectionError):
+                raise  # of a worker that died
+            raise RunError(f"cannot write to {run.dir}: {error.strerror}") from None
+    if run.stopped_by and not args.play:
+        print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
+        sys.exit(128 + run.stopped_by[0])
+
+
+@contextlib.contextmanager
+def open_log(args, run):
+    """Context of a run's log in TensorBoard and its progress bar; its flags and its script are kept beside it."""
+    (run.dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    script = Path(__file__)
+    name = f"{script.stem}_resumed_at_{run.first_step}.py" if args.resume else script.name
+    (run.dir / name).write_text(script.read_text())
+    if args.track:
+        import wandb
+
+        wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    run.writer = SummaryWriter(run.dir, purge_step=run.first_step + 1)  # drops what was logged after the checkpoint
+    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+    run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
+    bar = {"unit": " frames", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, **bar) as run.progress:
+        yield
+    run.writer.close()
+
+
+def save_checkpoint(run, name, agent, **progress):
+    """Replaces a checkpoint such that a kill at any instant, or a full disk, leaves the old one or the new one."""
+    run.writer.flush()
+    optimizers = {key: optimizer.state_dict() for key, optimizer in agent.optimizers.items()}
+    content = io.BytesIO()
+    torch.save({**progress, "agent": agent.state_dict(), "optimizers": optimizers}, content)
+    beside = (run.dir / name).with_suffix(".tmp")
+    with open(beside, "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, run.dir / name)
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict; loading it runs nothing that a crafted file could hold. ValueError if it is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {**saved, "agent": saved["agent"], "optimizers": saved["optimizers"]}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or no checkpoint of this script ({type(error).__name__})") from error
+
+
+def check_finite(what, values, global_step):
+    """Raises RunError if a value is not finite, before anything of the phase is saved."""
+    if not np.isfinite(values).all():
+        place = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise RunError(f"it diverged: {what} is not finite after frame {global_step}, first at {place}")
+
+
+def log_phase(run, charts, losses, clock, global_step):
+    """Writes a phase's scalars to TensorBoard and moves the progress bar. `clock` has the times between its parts."""
+    charts |= {f"losses/{name}": loss for name, loss in losses.items()}
+    for name, seconds in zip(("collect", "label", "update", "evaluate"), np.diff(clock), strict=True):
+        charts[f"time/{name}"] = seconds / (clock[-1] - clock[0])
+    charts["charts/SPS"] = (global_step - run.first_step) / (time.time() - run.start_time)
+    for name, value in charts.items():
+        run.writer.add_scalar(name, value, global_step)
+    headline = "clip_return" if run.reward else "env_return"
+    each_goal = [f"{value:.1f}" for name, value in charts.items() if name.startswith("charts/clip_return/")]
+    text = " ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each_goal])
+    run.progress.set_postfix_str(text, refresh=False)
+    run.progress.update(global_step - run.progress.n)
+
+
+class RunningNorm(nn.Module):
+    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+
+    def update(self, x):
+        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
+        n, total = len(x), self.count + len(x)
+        delta = x.double().mean(0) - self.mean
+        var = x.double().var(0, correction=0)
+        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
+        self.count.copy_(total)
+
+    def forward(self, x):
+        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
+
+
+# ---- the replay buffer's file
+
+
+def save_rows(buffer, path):
+    """Writes the rows of a replay buffer that are new since the last call to a ring of twice its capacity.
+
+    So a checkpoint costs what is new, and never overwrites a row that the one before it needs. With a capacity of 3
+    there are 6 places. The first checkpoint, after 3 rows, fills places 0 to 2; the second, after 5, puts rows 3 and 4
+    into places 3 and 4; the third, after 8, row 5 into place 5, and rows 6 and 7 into places 0 and 1. Should a kill
+    come before the third is complete, the second's rows 2, 3 and 4 are still there.
+    """
+    ring = 2 * buffer.capacity
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        while buffer.saved < buffer.total:
+            n = min(buffer.total - buffer.saved, ring - buffer.saved % ring)  # up to the end of the ring
+            index = torch.arange(buffer.saved, buffer.saved + n) % buffer.capacity
+            rows = buffer.rows[index].cpu().numpy()
+            file.seek(buffer.saved % ring * rows[0].nbytes)
+            file.write(rows)
+            buffer.saved += n
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_rows(buffer, path, total, traceback):
+    """Reads a replay buffer as it was when it had been given `total` rows; a file that lacks them is one line."""
+    ring, part = 2 * buffer.capacity, 65536  # rows read at a time, which spares the memory
+    with one_line_errors(traceback):
+        file = np.memmap(path, np.float32, "r") if total else np.empty(0, np.float32)
+        rows = file[: len(file) // buffer.rows.shape[1] * buffer.rows.shape[1]].reshape(-1, buffer.rows.shape[1])
+        if len(rows) < min(total, ring):
+            raise ValueError(f"--resume: {path} is truncated")
+        for start in range(max(0, total - buffer.capacity), total, part):
+            index = np.arange(start, min(start + part, total))
+            buffer.rows[index % buffer.capacity] = torch.from_numpy(rows[index % ring]).to(buffer.rows)
+    buffer.total = buffer.saved = total
+
+
+# ---- evaluation and video
+
+
+def evaluate(args, run, agent, goal_id, seeds):
+    """Plays --eval-episodes deterministic episodes for one goal, from starts of these seeds, and scores their frames.
+
+    Returns a dict of arrays, in which t is the state after step t: "clip_rewards" (if CLIP is used) and "env_rewards"
+    [episodes, T], 0 after an episode's end; "lengths" [episodes]; "qpos" [episodes, T, nq] for MuJoCo; and of the
+    first episode "pixels" [T, H, W, 3], what CLIP saw, and "film", larger frames, for --video.
+    """
+    envs, rounds, film = run.envs, [], []
+    for first in range(0, args.eval_episodes, args.num_envs):
+        state = envs.reset(seed=seeds[first : first + args.num_envs])[0]["state"]
+        alive, steps = np.ones(args.num_envs, bool), []
+        for _ in range(args.episode_length):
+            actions = agent.act(state, np.full(args.num_envs, goal_id), deterministic=True)
+            observation, rewards, terminated, _, _ = envs.step(actions)
+            step = {name: value.copy() for name, value in observation.items()}
+            state = step.pop("state")
+            steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
+            alive &= ~terminated
+            if args.video and first == 0 and "qpos" not in step:
+                film.append(envs.call("render")[0])
+        steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
+        pixels, alive = steps.pop("pixels"), steps["alive"]
+        if run.reward:
+            clip_rewards = run.reward(pixels.reshape(-1, *run.frame_shape), [goal_id]).reshape(alive.shape)
+            if args.terminate_on_success:
+                for t in range(1, args.episode_length):
+                    alive[:, t] &= alive[:, t - 1] & (clip_rewards[:, t - 1] == 0)
+            steps["clip_rewards"] = clip_rewards * alive
+        steps["env_rewards"] = steps["env_rewards"] * alive
+        rounds.append(steps)
+        if first == 0:
+            shown = pixels[0]
+    result = {name: np.concatenate([steps[name] for steps in rounds])[: args.eval_episodes] for name in steps}
+    result["lengths"] = result.pop("alive").sum(1)
+    if args.video and "qpos" in result:
+        render = SceneRenderer(envs.get_attr("xml_path")[0], (480, 480), **scene_of(args))
+        film = [render(qpos) for qpos in result["qpos"][0, : result["lengths"][0]]]
+        render.close()
+    return {**result, "pixels": shown, "film": film}
+
+
+def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, prefix=""):
+    """Evaluates the agent on goals (default: all, the held-out ones too); writes videos, image strips and rollouts.
+
+    Episodes of the same `start_key` have the same starts; `prefix` begins the files' names. Returns the scalars to log
+    and the mean return over the goals that are trained on: the CLIP return, or with `--reward env` the environment's.
+    """
+    charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
+    run.envs.set_attr("rendering", run.reward is not None)
+    seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
+    for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
+        result = evaluate(args, run, agent, goal_id, seeds)
+        pixels, film, length = result.pop("pixels"), result.pop("film"), result["lengths"][0]
+        curve = f"/{slug(goals[goal_id])}" if len(goals) > 1 else ""
+        file = f"{prefix}{global_step}{curve.replace('/', '-')}"
+        for name in {"clip_rewards", "env_rewards"} & result.keys():
+            charts[f"eval/{name.replace('rewards', 'return')}{curve}"] = result[name].sum(1).mean()
+        if args.reward == "binary":  # VLM-SR's measure: was the goal reached at all
+            charts[f"eval/success_rate{curve}"] = result["clip_rewards"].any(1).mean()
+        charts[f"eval/episodic_length{curve}"] = result["lengths"].mean()
+        rewards = result.get("clip_rewards", result["env_rewards"])
+        returns.append(float(rewards.sum(1).mean()))
+        if run.reward and not args.play:
+            strip = np.concatenate(list(pixels[np.linspace(0, length - 1, 8).astype(int)]), axis=1)
+            run.writer.add_image(f"eval/strip{curve}", strip, global_step, dataformats="HWC")
+        if args.video:
+            write_video(run.dir / "videos" / f"{file}.mp4", film[:length], rewards[0, :length])
+        if args.save_rollouts:
+            path = run.dir / "rollouts" / f"{file}.npz"
+            np.savez_compressed(path, env_id=args.env_id, goal=goals[goal_id], **result)
+    mean_return = float(np.mean(returns[: len(args.goal)]))
+    if len(goals) > 1:
+        charts["eval/clip_return"] = mean_return
+    return charts, mean_return
+
+
+def write_video(path, frames, rewards, fps=30):
+    """Writes frames [T, H, W, 3] as an mp4 with the step and its reward on each."""
+    low, high = float(np.min(rewards)), float(np.max(rewards))
+    with imageio.get_writer(path, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
+        for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
+            image = Image.fromarray(frame)
+            draw = ImageDraw.Draw(image)
+            width = (reward - low) / max(high - low, 1e-8) * (image.width - 16)  # the bar spans this episode's rewards
+            draw.rectangle((8, image.height - 14, 8 + width, image.height - 8), fill=(255, 200, 0))
+            draw.text((8, 6), f"step {t + 1}   reward {reward:+.4f}", fill=(255, 255, 255), font_size=22)
+            writer.append_data(np.asarray(image))
+
+
+def slug(text):
+    """A sentence as a part of a file's or a curve's name."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+
+
+def episode_charts(args, ended, env_rewards, clip_rewards, goal_ids):
+    """Mean return and length of the episodes that ended in a phase, for the log; of their parts, if none ended.
+
+    Everything is [T, N]: `ended` is true at an episode's last step; `clip_rewards` may be None. Where episodes may end
+    early, this favours short ones, since the phase's end cuts the others: judge by `eval/*`.
+    """
+    last = ended.copy()
+    last[-1] = True  # the end of the phase cuts the episodes that go on
+    stops = np.flatnonzero(last.T)  # in [N, T], where an episode's steps are neighbours
+    starts = np.append(0, stops[:-1] + 1)
+    counted = ended.T.ravel()[stops] if ended.any() else np.ones(len(stops), bool)
+    charts = {"charts/episodic_length": (stops - starts + 1)[counted].mean()}
+    charts["charts/env_return"] = np.add.reduceat(env_rewards.T.ravel(), starts)[counted].mean()
+    if clip_rewards is not None:
+        returns = np.add.reduceat(clip_rewards.T.ravel(), starts)
+        charts["charts/clip_return"] = returns[counted].mean()
+        goal_ids = goal_ids.T.ravel()[stops]
+        for i in np.unique(goal_ids[counted]) if len(args.goal) > 1 else ():
+            charts[f"charts/clip_return/{slug(args.goal[i])}"] = returns[counted & (goal_ids == i)].mean()
+    return charts
+
+
+def play(args):
+    """Plays deterministic episodes of a trained agent, for its own goals or new ones. Returns where they are."""
+    trained = tuple(json.loads((args.play / "args.json").read_text())["goal"])
+    goals = (*trained, *(goal for goal in args.goal if goal not in trained))
+    asked = [goals.index(goal) for goal in args.goal]
+    args = replace(args, goal=trained, eval_goal=goals[len(trained) :])
+    with start_run(args) as run:
+        agent = make_agent(args, run)
+        agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
+        charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
+    for name, value in charts.items():
+        print(f"{name.removeprefix('eval/')}: {value:.2f}")
+    return f"{run.dir}/videos and {run.dir}/rollouts, play-{run.first_step}*"
+
+
+# ---- checks and the command line
+
+
 def check_args(args):
-    """Ends the program over flags that cannot work, before anything slow starts."""
-    for name, value in asdict(args).items():
-        flag, least = f"--{name.replace('_', '-')}", 0 if name in MAY_BE_0 else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            fail(f"{flag} must be at least {least}, not {value}")
-        if name in POSITIVE and not value > 0.0:
-            fail(f"{flag} must be above 0, not {value}")
-        if name in SHARES and not 0.0 <= value <= 1.0:
-            fail(f"{flag} must be in [0, 1], not {value}")
+    """Raises ValueError over flags that would go wrong silently, or late."""
     goals = (*args.goal, *args.eval_goal)
     if not args.goal or not all(goal.strip() for goal in goals):
-        fail("--goal is empty: describe the state to reach")
+        raise ValueError("--goal is empty: describe the state to reach")
     if len({slug(goal) for goal in goals}) < len(goals):
-        fail("--goal and --eval-goal name a goal twice: name each once")
+        raise ValueError("--goal and --eval-goal name a goal twice: name each once")
     if len(goals) > 1 and args.reward == "env":
-        fail("--reward env has no goals: name one --goal or none")
+        raise ValueError("--reward env has no goals: name one --goal or none")
     if args.eval_goal and len(args.goal) == 1:
-        fail("--eval-goal needs several --goal: with one, the policy does not see what it is asked for")
-    if args.reward == "binary":
-        if len(args.goal) + len(args.negatives) < 2:
-            fail("--reward binary compares prompts: give --negatives, or several --goal")
-        if set(args.negatives) & set(goals):
-            fail("--negatives holds a goal, which can't compete with itself")
-        if not 0.0 <= args.threshold < 1.0:
-            fail(f"--threshold must be in [0, 1), not {args.threshold}")
-    elif args.terminate_on_success or args.negatives:
-        fail("--terminate-on-success and --negatives need --reward binary")
+        raise ValueError("an agent of one goal does not see its goal: --eval-goal, or a new one to play, needs several")
+    if args.reward == "binary" and len(args.goal) + len(args.negatives) < 2:
+        raise ValueError("--reward binary compares prompts: give --negatives, or several --goal")
+    if set(args.negatives) & set(goals):
+        raise ValueError("--negatives holds a goal, which can't compete with itself")
+    if (args.terminate_on_success or args.negatives) and args.reward != "binary":
+        raise ValueError("--terminate-on-success and --negatives need --reward binary")
     if args.alpha > 0 and args.reward != "regularized":
-        fail("--alpha needs --reward regularized")
+        raise ValueError("--alpha needs --reward regularized")
     if args.alpha > 0 and args.baseline in goals:
-        fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
+        raise ValueError("--goal equals --baseline, which leaves no direction to regularise along: use --alpha 0")
     for template in args.template:
         if "{}" not in template:
-            fail(f'--template "{template}" has no "{{}}" for the prompt')
-    if args.env_id not in gym.registry and ":" not in args.env_id:
-        near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
-        fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
-    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: PyTorch finds no such CUDA device; use --device cpu")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.run_dir and not args.resume and (args.run_dir / "args.json").exists():
-        fail(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
+            raise ValueError(f'--template "{template}" has no "{{}}" for the prompt')
+    if args.run_dir and (args.run_dir / "args.json").exists() and not args.resume:
+        raise ValueError(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
 
 
-def train(args):
-    """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
-    check_args(args)
-    if args.buffer_size < args.episode_length * args.num_envs:
-        fail(f"--buffer-size must hold at least an episode of every environment, {args.episode_length * args.num_envs}")
-    if args.learning_starts >= args.total_timesteps:
-        print(f"warning: --learning-starts {args.learning_starts} is not below --total-timesteps "
-              f"{args.total_timesteps}: nothing will be learned", file=sys.stderr)
-    if args.terminate_on_success and args.n_step > 1:
-        fail("--terminate-on-success needs --n-step 1: with another goal an episode would have ended elsewhere")
-    saved = load_checkpoint(args.resume / "checkpoint.pt") if args.resume else None
-    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    run_dir = args.resume or args.run_dir or Path("runs") / run_name
-    try:
-        for folder in ("videos", "rollouts"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run-dir {run_dir} can't be written: {error.strerror}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    if args.reward != "env":
-        clip_name, clip_tag, clip_size = resolve_clip(args.clip, args.clip_pretrained)
-        prompts = (*args.goal, *args.eval_goal, *args.negatives, args.baseline)
-        check_prompts(clip_name, [t.replace("{}", p) for p in prompts for t in args.template])
-    else:
-        clip_size = 224
-    # Workers start before CUDA or a model is up, so that they can be forked.
-    with make_envs(args, args.render_size or clip_size) as envs, stop_signals() as stopped_by:
-        state_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
-
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
-        if args.track:
-            import wandb
-
-            wandb.init(project="vlmrm", name=run_name, config=asdict(args), sync_tensorboard=True)
-        global_step = saved["global_step"] if saved else 0
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # drops what was logged after the checkpoint
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-
-        n_goals, score, goals = len(args.goal), None, torch.zeros(1, 0)
-        if args.reward != "env":
-            try:
-                clip = CLIP(clip_name, clip_tag, device, args.clip_precision, args.clip_batch_size,
-                            args.image_resize_mode)
-            except Exception as error:
-                fail(f"--clip {args.clip}: its weights do not load ({error})")
-            score, goals = make_score(args, clip)
-        torch.manual_seed(args.seed)
-        agent = SAC(args, state_dim, action_dim, goal_inputs(goals, n_goals)).to(device)
-        agent.make_optimizers()
-        buffer = ReplayBuffer(args.buffer_size, state_dim, action_dim, device, n_goals)
-
-        best_return, owed_updates, losses = -math.inf, 0.0, {}
-        if saved:
-            agent.load_state_dict(saved["agent"])
-            for name, optimizer in agent.optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
-            try:
-                buffer.load(run_dir / "replay.bin", saved["buffer_total"])
-            except (OSError, ValueError) as error:
-                fail(f"--resume {run_dir}: its replay buffer can't be read: {error}")
-            best_return, owed_updates = saved["best_return"], saved["owed_updates"]
-
-        def save(name):
-            checkpoint = {"global_step": global_step, "best_return": best_return, "owed_updates": owed_updates,
-                          "buffer_total": buffer.total, "agent": agent.state_dict(),
-                          "optimizers": {k: optimizer.state_dict() for k, optimizer in agent.optimizers.items()}}
-            try:
-                if name == "checkpoint.pt":  # what it resumes with is on disk before it
-                    writer.flush()
-                    buffer.save(run_dir / "replay.bin")
-                save_atomically(checkpoint, run_dir / name)
-            except OSError as error:
-                raise RunError(f"cannot write to {run_dir}: {error.strerror}") from None
-
-        # A phase is one episode of every environment. Arrays are [T, N, ...].
-        shape = (args.episode_length, args.num_envs)
-        phase_frames = args.episode_length * args.num_envs
-        states, next_states = np.empty((2, *shape, state_dim), np.float32)
-        actions = np.empty((*shape, action_dim), np.float32)
-        goals, rewards = np.empty(shape, np.int64), np.empty((*shape, n_goals), np.float32)
-        env_rewards, terminated, ended = np.empty(shape, np.float32), np.empty(shape, bool), np.empty(shape, bool)
-        pixels_shape = envs.single_observation_space["pixels"].shape
-        pixels = np.empty((*shape, *pixels_shape), np.uint8) if score else None
-
-        first_step, start_time = global_step, time.time()
-        progress = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", dynamic_ncols=True,
-                        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
-        while global_step < args.total_timesteps and not stopped_by:
-            previous_step, clock = global_step, [time.perf_counter()]
-            # Each phase has random numbers of its own, which follow from the seed and its first frame: nothing to save.
-            *starts, numpy_seed, torch_seed = episode_seeds(args.seed, 0, global_step, n=args.num_envs + 2)
-            np_rng = np.random.default_rng(numpy_seed)
-            torch.manual_seed(torch_seed)
-
-            # COLLECT: one episode in every environment, into an unlabelled batch
-            envs.set_attr("rendering", score is not None)
-            state = envs.reset(seed=starts)[0]["state"].copy()
-            goal = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
-            for t in range(args.episode_length):
-                if stopped_by:
-                    break
-                if global_step < args.learning_starts:
-                    actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
-                else:
-                    actions[t] = agent.act(state, goal)
-                observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
-                # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
-                states[t], next_states[t], goals[t] = state, observation["state"], goal
-                state = next_states[t].copy()
-                if score:
-                    pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
-                ended[t] = terminated[t] | truncated
-                if args.terminate_on_success:
-                    rewards[t] = score(pixels[t])[:, :n_goals]
-                    ended[t] |= rewards[t, np.arange(args.num_envs), goal] > 0
-                if ended[t].any() and t < args.episode_length - 1:  # an episode ended early
-                    seeds = episode_seeds(args.seed, 0, global_step, t + 1, n=args.num_envs)
-                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
-                    goal = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal)
-            if stopped_by:
-                break  # the phase is dropped: nothing has learned from it yet
-            if not np.isfinite(next_states).all():
-                t, n = np.argwhere(~np.isfinite(next_states))[0, :2]
-                raise RunError(f"environment {n} diverged: a state is not finite at step {t} after frame {global_step}")
-            global_step += phase_frames
-            clock.append(time.perf_counter())
-
-            # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
-            if not score:
-                rewards = env_rewards[..., None]
-            elif not args.terminate_on_success:
-                rewards = score(pixels.reshape(-1, *pixels_shape))[:, :n_goals].reshape(rewards.shape)
-            if not np.isfinite(rewards).all():
-                raise RunError(f"a reward is not finite in the {phase_frames} frames before frame {global_step}")
-            clock.append(time.perf_counter())
-
-            # UPDATE: the labelled transitions go to the replay buffer, then SAC as usual
-            phase = (rewards, next_states, terminated, ended)
-            returns, reached, discounts = n_step_returns(*phase, args.gamma, args.n_step)
-            arrays = dict(states=states, actions=actions, rewards=returns, next_states=reached, discounts=discounts,
-                          goals=goals)
-            labelled = {k: torch.from_numpy(v.reshape(phase_frames, *v.shape[2:])) for k, v in arrays.items()}
-            buffer.add(**labelled)
-            if args.normalize_obs:
-                agent.normalizer.update(labelled["states"].to(device))
-            if args.anneal_lr:
-                for optimizer in agent.optimizers.values():
-                    optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - previous_step / args.total_timesteps)
-            if global_step >= args.learning_starts:
-                owed_updates += phase_frames * args.updates_per_frame
-            while owed_updates >= 1.0:
-                owed_updates -= 1.0
-                losses = agent.update(buffer.sample(args.batch_size, args.relabel))
-            losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
-            if not np.isfinite(list(losses.values())).all():
-                raise RunError(f"a loss is not finite at frame {global_step}: {losses}; try a lower --learning-rate")
-            clock.append(time.perf_counter())
-
-            collected = np.take_along_axis(rewards, goals[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
-            charts = episode_charts(args, ended, env_rewards, collected if score else None, goals)
-            if score and previous_step == 0:
-                warn_if_slow(args, clock[2] - clock[1], clock[1] - clock[0], phase_frames)
-
-            # EVALUATE: deterministic episodes from fixed starts
-            last = global_step >= args.total_timesteps
-            if last or global_step // args.eval_every > previous_step // args.eval_every:
-                results, mean_return = evaluate_goals(args, envs, agent, score, writer, run_dir, global_step)
-                charts |= results
-                if mean_return > best_return:  # VLM-RM judges the one with the highest *training* reward
-                    best_return = mean_return
-                    save("best.pt")
-            clock.append(time.perf_counter())
-
-            # LOG
-            charts["charts/SPS"] = (global_step - first_step) / (time.time() - start_time)
-            charts |= {f"losses/{name}": loss for name, loss in losses.items()}
-            for phase, seconds in zip(("collect", "label", "update", "evaluate"), np.diff(clock), strict=True):
-                charts[f"time/{phase}"] = seconds / (clock[-1] - clock[0])
-            for name, value in charts.items():
-                writer.add_scalar(name, value, global_step)
-            headline = "clip_return" if score else "env_return"
-            each = [f"{value:.1f}" for name, value in charts.items() if name.startswith("charts/clip_return/")]
-            progress.set_postfix_str(" ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each]), refresh=False)
-            progress.update(global_step - previous_step)
-
-            # SAVE
-            due = global_step // args.checkpoint_every > previous_step // args.checkpoint_every
-            if last or due or buffer.total - buffer.saved + phase_frames > buffer.capacity:
-                save("checkpoint.pt")
-
-        progress.close()
-        if stopped_by:
-            save("checkpoint.pt")
-        writer.close()
-    if stopped_by:
-        print(f"stopped at frame {global_step}; go on with --resume {run_dir}", file=sys.stderr)
-        sys.exit(128 + stopped_by[0])
-    return run_dir
+def warn_of_rewards(args, envs):
+    """Prints a line if the CLIP taught VLM-RM's humanoid nothing, and one if it would not see the sides of frames."""
+    if args.env_id.startswith("Humanoid") and args.clip in ("RN50", "ViT-L-14", "ViT-H-14") and not args.play:
+        fact = (
+            f"in VLM-RM {args.clip} taught the humanoid to kneel in 0% of the episodes, ViT-bigG-14 in 100% (alpha 0)"
+        )
+        print(f"note: {fact}; reward_only_eval.py judges a reward before you spend GPU hours on it", file=sys.stderr)
+    if not args.image_resize_mode and not envs.get_attr("xml_path")[0]:  # MuJoCo's frames are rendered square
+        height, width, _ = envs.call("render")[0].shape
+        if height != width:
+            size = f"{height} pixels high and {width} wide"
+            advice = "most CLIP models see the square in the middle only; --image-resize-mode longest shows them all"
+            print(f"warning: frames of {args.env_id} are {size}; {advice}", file=sys.stderr)
 
 
-def warn_if_slow(args, label_seconds, collect_seconds, frames):
-    """Prints one line when the first phase shows that the run would take longer than two days."""
-    label, collect = (seconds / frames * args.total_timesteps / 86400 for seconds in (label_seconds, collect_seconds))
-    if label + collect > 2:
-        advice = "a smaller --clip or a GPU" if label > collect else "a smaller --render-size or more --num-envs"
-        message = (f"warning: this run will take {label + collect:.0f} days or more, {label:.1f} for CLIP to label"
-                   f" frames and {collect:.1f} to collect them: use {advice}, or fewer --total-timesteps")
-        tqdm.write(message, file=sys.stderr)
+# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
+# rate, with --anneal-lr, on --total-timesteps).
+CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every eval_episodes checkpoint_every video
+    save_rollouts track traceback clip_batch_size""".split()
 
 
 def parse_args():
-    """The command line's flags; with --resume the run's own, but for those of CHANGEABLE that are given anew."""
-    for flag in ("--goal", "--eval-goal", "--negatives", "--template"):
-        if sys.argv.count(flag) > 1:
-            fail(f"{flag} is given twice, and only the last would count: name all after one {flag}")
-    args = tyro.cli(Args)
-    if args.resume is None:
-        return args
-    if args.run_dir not in (None, args.resume):
-        fail("--resume goes on in its own folder: leave --run-dir out")
-    try:
-        saved = json.loads((args.resume / "args.json").read_text())
+    """The command line's flags. With --resume or --play they start from the run's own, with --preset from its table."""
+    with one_line_errors("--traceback" in sys.argv):
+        for flag in ("--goal", "--eval-goal", "--negatives", "--template"):
+            if sys.argv.count(flag) > 1:
+                raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
+        args = tyro.cli(Args)
+        if args.resume and args.run_dir not in (None, args.resume):
+            raise ValueError("--resume goes on in its own folder: leave --run-dir out")
+        folder = args.play or args.resume
+        if not folder:
+            return tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {})))
+        saved = json.loads((folder / "args.json").read_text())
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"--resume {args.resume}: no run of this script is there ({error})")
-    args = tyro.cli(Args, default=replace(saved, resume=args.resume, run_dir=None))
-    changed = [f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})"
-               for name, value in asdict(args).items() if name not in CHANGEABLE and value != getattr(saved, name)]
-    if changed:
-        fail(f"--resume {args.resume}: a run can't go on with other flags: {', '.join(changed)}")
-    return args
+        saved = replace(saved, resume=args.resume, play=args.play, run_dir=None)
+        if args.play:
+            return tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal)))
+        args = tyro.cli(Args, default=saved)
+        changed = []
+        for name, value in asdict(args).items():
+            if name not in CHANGEABLE and value != getattr(saved, name):
+                changed.append(f"--{name.replace('_', '-')} {value} (was {getattr(saved, name)})")
+        if changed:
+            raise ValueError(f"--resume {folder}: a run can't go on with other flags: {', '.join(changed)}")
+        return args
+
+
+def bounded(kind, low, high=math.inf, above=False):
+    """The type of a flag: an int or float in [low, high], or in (low, high] if `above`; tyro words what is outside."""
+    text = f"{'>' if above else '>='}{low}" + (f", <={high}" if high < math.inf else "")
+
+    def parse(words):
+        value = kind(words[0])
+        if not (low < value if above else low <= value) or not value <= high:
+            raise ValueError(f"must be {text}")
+        return value
+
+    def is_instance(value):
+        return isinstance(value, (int, kind))
+
+    metavar = f"{kind.__name__.upper()} {text}"
+    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_instance, lambda value: [str(value)])]
+
+
+Count = bounded(int, 1)
+Natural = bounded(int, 0)
+Positive = bounded(float, 0, above=True)
+Share = bounded(float, 0, 1)
 
 
 if __name__ == "__main__":
+    arguments = parse_args()
     try:
-        print(f"results in {train(parse_args())}")
+        print(f"results in {play(arguments) if arguments.play else train(arguments)}")
     except RunError as error:
         sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")

@@ -1,38 +1,38 @@
 """Several goals and the binary reward, in both training scripts."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.special
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import KNEELING, LYING, TINY_CLIP, make_clip, values
+from conftest import unit as numpy_unit
 
 import ppo_vlmrm
 import sac_vlmrm
 from sac_vlmrm import CLIP, binary_reward, goal_inputs, regularized_reward
 
-ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
-KNEELING, LYING = "a humanoid robot kneeling", "a humanoid robot lying on its back"
-SHORT = dict(clip=TINY_CLIP, num_envs=4, episode_length=10, eval_every=10**9, eval_episodes=2, video=False, device="cpu")
-SAC = SHORT | dict(learning_starts=80, updates_per_frame=0.25, batch_size=32, total_timesteps=160)
+SHORT = dict(
+    clip=TINY_CLIP, num_envs=4, episode_length=10, eval_every=10**9, eval_episodes=2, video=False, device="cpu"
+)
+SAC = SHORT | dict(n_step=1, learning_starts=80, updates_per_frame=0.25, batch_size=32, total_timesteps=160)
 PPO = SHORT | dict(num_steps=20, num_minibatches=4, update_epochs=2, total_timesteps=160)
-POLE = dict(env_id="InvertedPendulum-v5", camera_azimuth=90.0, camera_distance=3.0, camera_lookat=(0.0, 0.0, 0.3),
-            goal=("pole vertically upright on top of the cart",), reward="binary",
-            negatives=("pole fallen over beside the cart",), baseline="pole and cart")  # fmt: skip
+POLE = dict(
+    env_id="InvertedPendulum-v5",
+    camera_azimuth=90.0,
+    camera_distance=3.0,
+    camera_lookat=(0.0, 0.0, 0.3),
+    goal=("pole vertically upright on top of the cart",),
+    reward="binary",
+    negatives=("pole fallen over beside the cart",),
+    baseline="pole and cart",
+)
 BOTH = pytest.mark.parametrize("script,flags", [(sac_vlmrm, SAC), (ppo_vlmrm, PPO)], ids=["sac", "ppo"])
 
 
-def scalars(run_dir):
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def unit(rng, *shape):
-    x = rng.normal(size=shape)
-    return torch.from_numpy(x / np.linalg.norm(x, axis=-1, keepdims=True))
+    return torch.from_numpy(numpy_unit(rng, *shape))
 
 
 # ---- the binary reward
@@ -73,16 +73,22 @@ def test_goals_are_negatives_of_each_other():
 
 @BOTH
 def test_termination_on_success_ends_an_episode_where_the_reward_is_1(script, flags, tmp_path):
-    easy = script.train(script.Args(**{**flags, **POLE, "threshold": 0.0}, terminate_on_success=True,
-                                    run_dir=tmp_path / "easy"))  # fmt: skip
-    logged = scalars(easy)  # every frame is a success: episodes of one step
+    easy = script.train(
+        script.Args(**{**flags, **POLE, "threshold": 0.0}, terminate_on_success=True, run_dir=tmp_path / "easy")
+    )
+    logged = values(easy)  # every frame is a success: episodes of one step
     assert set(logged["charts/episodic_length"]) == {1.0} and set(logged["charts/clip_return"]) == {1.0}
     assert logged["eval/success_rate"] == [1.0] and logged["eval/episodic_length"] == [1.0]
     rollout = np.load(next((easy / "rollouts").iterdir()))
     assert rollout["lengths"].tolist() == [1, 1] and rollout["clip_rewards"].sum(1).tolist() == [1, 1]
-    hard = script.train(script.Args(**{**flags, **POLE, "threshold": 0.999999, "temperature": 100.0},
-                                    terminate_on_success=True, run_dir=tmp_path / "hard"))  # fmt: skip
-    logged = scalars(hard)  # none is
+    hard = script.train(
+        script.Args(
+            **{**flags, **POLE, "threshold": 0.999999, "temperature": 100.0},
+            terminate_on_success=True,
+            run_dir=tmp_path / "hard",
+        )
+    )
+    logged = values(hard)  # none is
     assert set(logged["charts/episodic_length"]) == {10.0} and set(logged["charts/clip_return"]) == {0.0}
     assert logged["eval/success_rate"] == [0.0]
 
@@ -95,8 +101,13 @@ def test_success_at_the_goal_of_the_batch_ends_the_bootstrapping():
         parameter.zero_()
     for q in (agent.critic_target.q1, agent.critic_target.q2):
         q[-1].bias.fill_(50.0)
-    batch = dict(states=torch.zeros(8, 3), actions=torch.zeros(8, 2), next_states=torch.zeros(8, 3),
-                 discounts=torch.full((8,), 0.9), goals=torch.zeros(8, dtype=torch.int64))  # fmt: skip
+    batch = dict(
+        states=torch.zeros(8, 3),
+        actions=torch.zeros(8, 2),
+        next_states=torch.zeros(8, 3),
+        discounts=torch.full((8,), 0.9),
+        goal_ids=torch.zeros(8, dtype=torch.int64),
+    )
     assert agent.update(batch | {"rewards": torch.ones(8)})["critic_loss"] < 10
     assert agent.update(batch | {"rewards": torch.zeros(8)})["critic_loss"] > 2 * 40**2
 
@@ -105,7 +116,7 @@ def test_success_at_the_goal_of_the_batch_ends_the_bootstrapping():
 
 
 def test_goal_inputs_tell_goals_apart_and_leave_a_single_one_out():
-    clip = CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+    clip = make_clip()
     goals = clip.encode_text([KNEELING, LYING, "a humanoid robot standing up", "a robot on its knees"])
     inputs = goal_inputs(goals, 3)
     torch.testing.assert_close(inputs[:3].mean(0), torch.zeros(goals.shape[1]), atol=1e-5, rtol=0)
@@ -120,13 +131,13 @@ def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fres
     monkeypatch.setattr(CLIP, "encode_images", lambda self, x: frames.append(x.copy()) or encode(self, x))
     run_dir = sac_vlmrm.train(sac_vlmrm.Args(**SAC, goal=(KNEELING, LYING), relabel=0.5, run_dir=tmp_path / "run"))
     monkeypatch.undo()
-    clip = CLIP(f"local-dir:{TINY_CLIP}", None, "cpu")
+    clip = make_clip()
     *goals, baseline = clip.encode_text([KNEELING, LYING, "a humanoid robot"])
     embeddings = clip.encode_images(np.concatenate(frames[:4]))  # four phases of 40 frames, then the evaluation's
     fresh = regularized_reward(embeddings, torch.stack(goals), baseline, 0.0)  # [160, 2]
 
-    buffer = sac_vlmrm.ReplayBuffer(1000, 348, 17, "cpu", goals=2)
-    buffer.load(run_dir / "replay.bin", 160)
+    buffer = sac_vlmrm.ReplayBuffer(1000, 348, 17, "cpu", n_goals=2)
+    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", 160, traceback=True)
     pursued = buffer.rows[:160, -1].long()
     assert 0.2 < pursued.float().mean() < 0.8  # both goals are drawn, one for each episode
     assert (pursued.view(4, 10, 4) == pursued.view(4, 10, 4)[:, :1]).all()
@@ -135,16 +146,17 @@ def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fres
     for relabel, swapped in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
         batch = buffer.sample(2000, relabel)
         rows = torch.tensor([row_of[tuple(state.tolist())] for state in batch["states"]])
-        torch.testing.assert_close(batch["rewards"], fresh[rows, batch["goals"]], atol=1e-4, rtol=0)
-        assert (batch["goals"] != pursued[rows]).float().mean().item() == pytest.approx(swapped, abs=0.05)
+        torch.testing.assert_close(batch["rewards"], fresh[rows, batch["goal_ids"]], atol=1e-4, rtol=0)
+        assert (batch["goal_ids"] != pursued[rows]).float().mean().item() == pytest.approx(swapped, abs=0.05)
 
 
 @BOTH
 def test_every_goal_is_evaluated_also_those_never_trained_on(script, flags, tmp_path):
     held_out = "a robot on its knees"
-    run_dir = script.train(script.Args(**{**flags, "video": True}, goal=(KNEELING, LYING), eval_goal=(held_out,),
-                                       run_dir=tmp_path / "run"))  # fmt: skip
-    logged, names = scalars(run_dir), [script.slug(goal) for goal in (KNEELING, LYING, held_out)]
+    run_dir = script.train(
+        script.Args(**{**flags, "video": True}, goal=(KNEELING, LYING), eval_goal=(held_out,), run_dir=tmp_path / "run")
+    )
+    logged, names = values(run_dir), [script.slug(goal) for goal in (KNEELING, LYING, held_out)]
     returns = [logged[f"eval/clip_return/{name}"][0] for name in names]
     assert logged["eval/clip_return"][0] == pytest.approx(np.mean(returns[:2]), rel=1e-5)  # of those it trains on
     assert {f"charts/clip_return/{name}" for name in names[:2]} <= logged.keys()
@@ -191,28 +203,44 @@ BAD_INPUT = {
     "held-out goal of one": (["--goal", "a", "--eval-goal", "b"], "--eval-goal"),
     "nothing to compare with": (["--reward", "binary"], "--negatives"),
     "goal is negative": (["--reward", "binary", "--goal", "a", "--negatives", "a"], "--negatives"),
-    "temperature": (["--reward", "binary", "--negatives", "x", "--temperature", "0"], "--temperature"),
-    "threshold": (["--reward", "binary", "--negatives", "x", "--threshold", "1"], "--threshold"),
     "termination without success": (["--terminate-on-success"], "--reward binary"),
     "goals of the environment": (["--reward", "env", "--goal", "a", "b"], "--reward env"),
     "empty goal": (["--goal", "a", " "], "--goal"),
     "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
     "negatives of another reward": (["--negatives", "x"], "--reward binary"),
     "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),
-    "share": (["--gamma", "95"], "--gamma must be in [0, 1]"),
-    "not a number": (["--gamma", "nan"], "--gamma must be in [0, 1]"),
-    "negative rate": (["--learning-rate", "-1"], "--learning-rate must be above 0"),
-    "negative seed": (["--seed", "-1"], "--seed must be at least 0"),
-    "unknown device": (["--device", "gpu"], "cuda:N"),
+    "unknown device": (["--device", "gpu", "--reward", "env", "--env-id", "InvertedPendulum-v5"], "device type"),
     "resumed elsewhere": (["--resume", "a", "--run-dir", "b"], "--run-dir"),
 }
 
 
 @pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
 @pytest.mark.parametrize("words,named", BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_goals_are_one_line_and_status_2(script, words, named, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["script", *words])
+def test_flags_that_cannot_work_together_are_one_line_and_status_2(script, words, named, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["script", "--clip", TINY_CLIP, *words])
     with pytest.raises(SystemExit) as end:
         script.train(script.parse_args())
     message = capsys.readouterr().err
     assert end.value.code == 2 and message.count("\n") == 1 and named in message
+
+
+OUT_OF_RANGE = {
+    "share": (["--gamma", "95"], "--gamma: must be >=0, <=1"),
+    "not a number": (["--gamma", "nan"], "--gamma: must be >=0, <=1"),
+    "negative rate": (["--learning-rate", "-1"], "--learning-rate: must be >0"),
+    "negative seed": (["--seed", "-1"], "--seed: must be >=0"),
+    "count": (["--num-envs", "0"], "--num-envs: must be >=1"),
+    "temperature": (["--temperature", "0"], "--temperature: must be >0"),
+    "threshold": (["--threshold", "1.5"], "--threshold: must be >=0, <=1"),
+    "alpha": (["--alpha", "1.5"], "--alpha: must be >=0, <=1"),
+}
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
+@pytest.mark.parametrize("words,said", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE.keys())
+def test_numbers_out_of_their_flags_range_are_refused_with_status_2(script, words, said, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", *words])
+    with pytest.raises(SystemExit) as end:
+        script.parse_args()
+    assert end.value.code == 2 and said in capsys.readouterr().err

@@ -1,26 +1,33 @@
 """Behaviour of ppo_vlmrm.py's own parts: advantages, the clipped objective, statistics, discrete actions, resuming."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import KNEELING, LYING, TINY_CLIP, command, load, one_line, run, scalars
 
 import ppo_vlmrm
 from ppo_vlmrm import PPO, Args, gae
 
-ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
-FLAGS = dict(env_id="InvertedPendulum-v5", reward="env", num_envs=2, episode_length=10, num_steps=20, num_minibatches=2,
-             update_epochs=2, checkpoint_every=80, eval_every=80, eval_episodes=2, video=False, device="cpu",
-             total_timesteps=400)  # fmt: skip
+FLAGS = dict(
+    env_id="InvertedPendulum-v5",
+    reward="env",
+    num_envs=2,
+    episode_length=10,
+    num_steps=20,
+    num_minibatches=2,
+    update_epochs=2,
+    checkpoint_every=80,
+    eval_every=80,
+    eval_episodes=2,
+    video=False,
+    device="cpu",
+    total_timesteps=400,
+)
 # Which of its two actions is rewarded changes with a state that is seen; episodes are cut after 8 steps.
 SWITCH = """
 import gymnasium as gym, numpy as np
@@ -48,19 +55,6 @@ class Switch(gym.Env):
 
 gym.register("Switch-v0", Switch)
 """
-
-
-def command(**flags):
-    words = [sys.executable, str(ROOT / "ppo_vlmrm.py")]
-    for name, value in flags.items():
-        name = name.replace("_", "-")
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
-
-
-def scalars(run_dir):
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 # ---- the algorithm
@@ -112,7 +106,9 @@ def test_loss_matches_the_clipped_objective_written_out(discrete):
     with torch.no_grad():
         agent.actor[-1].weight.mul_(100.0)
     inputs = torch.from_numpy(rng.normal(size=(16, 4))).float()
-    actions = torch.from_numpy(rng.integers(0, 3, 16)) if discrete else torch.from_numpy(rng.normal(size=(16, 2))).float()
+    actions = (
+        torch.from_numpy(rng.integers(0, 3, 16)) if discrete else torch.from_numpy(rng.normal(size=(16, 2))).float()
+    )
     old = {k: torch.from_numpy(rng.normal(size=16)).float() for k in ("log_probs", "values", "advantages", "returns")}
     old["log_probs"] = agent.policy(inputs).log_prob(actions).detach() + 0.2 * old["log_probs"]
     loss, parts = agent.loss({"inputs": inputs, "actions": actions, **old})
@@ -162,10 +158,10 @@ def test_actions_stay_in_bounds_and_are_the_mode_when_deterministic():
 
 def test_statistics_are_of_the_collected_states_and_frozen_in_evaluation(tmp_path):
     run_dir = ppo_vlmrm.train(Args(**FLAGS | dict(eval_every=40, run_dir=tmp_path / "a")))
-    agent = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    agent = load(run_dir)["agent"]
     assert agent["normalizer.count"] == 400  # ten evaluations of 20 frames have left no trace
     seldom = ppo_vlmrm.train(Args(**FLAGS | dict(eval_every=10**9, run_dir=tmp_path / "b")))
-    other = torch.load(seldom / "checkpoint.pt", weights_only=True)["agent"]
+    other = load(seldom)["agent"]
     torch.testing.assert_close(agent, other, rtol=0, atol=0)
 
 
@@ -181,10 +177,17 @@ def test_what_would_go_unnoticed_is_said(tmp_path, capsys):
 
 def test_discrete_actions_are_learned(tmp_path):
     (tmp_path / "switch.py").write_text(SWITCH)
-    flags = FLAGS | dict(env_id="switch:Switch-v0", episode_length=8, num_steps=64, total_timesteps=2560, update_epochs=10,
-                         eval_every=10**9, learning_rate=3e-3, run_dir=tmp_path / "run")  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(command(**flags), capture_output=True, text=True, env=environment)
+    flags = FLAGS | dict(
+        env_id="switch:Switch-v0",
+        episode_length=8,
+        num_steps=64,
+        total_timesteps=2560,
+        update_epochs=10,
+        eval_every=10**9,
+        learning_rate=3e-3,
+        run_dir=tmp_path / "run",
+    )
+    result = run("ppo_vlmrm", env={"PYTHONPATH": str(tmp_path)}, **flags)
     assert result.returncode == 0, result.stderr
     logged = scalars(tmp_path / "run")
     returns = [value for _, value in logged["charts/env_return"]]
@@ -194,24 +197,35 @@ def test_discrete_actions_are_learned(tmp_path):
 
 
 def test_learning_the_pendulum_from_the_environments_reward(tmp_path):
-    flags = FLAGS | dict(episode_length=100, early_termination=True, num_envs=4, num_steps=256, total_timesteps=20480,
-                         update_epochs=10, num_minibatches=16, learning_rate=1e-3, eval_every=10**9)  # fmt: skip
+    flags = FLAGS | dict(
+        episode_length=100,
+        early_termination=True,
+        num_envs=4,
+        num_steps=256,
+        total_timesteps=20480,
+        update_epochs=10,
+        num_minibatches=16,
+        learning_rate=1e-3,
+        eval_every=10**9,
+    )
     run_dir = ppo_vlmrm.train(Args(**flags, run_dir=tmp_path / "run"))
     returns = [value for _, value in scalars(run_dir)["charts/env_return"]]
     assert returns[0] < 15 and returns[-1] > 50, returns
 
 
 def assert_same_end(run_dir, reference):
-    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, reference))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-    one, other = ({tag: points for tag, points in scalars(folder).items()
-                   if not tag.startswith("time/") and tag != "charts/SPS"} for folder in (run_dir, reference))  # fmt: skip
+    torch.testing.assert_close(load(run_dir), load(reference), rtol=0, atol=0)
+    one, other = (
+        {tag: points for tag, points in scalars(folder).items() if not tag.startswith("time/") and tag != "charts/SPS"}
+        for folder in (run_dir, reference)
+    )
     assert one == other
 
 
 def test_resuming_is_exact_also_with_clip_and_several_goals(tmp_path):
-    goals = ("a humanoid robot kneeling", "a humanoid robot lying on its back")
-    flags = FLAGS | dict(env_id="Humanoid-v5", reward="regularized", clip=TINY_CLIP, goal=goals, anneal_lr=False)
+    flags = FLAGS | dict(
+        env_id="Humanoid-v5", reward="regularized", clip=TINY_CLIP, goal=(KNEELING, LYING), anneal_lr=False
+    )
     whole = ppo_vlmrm.train(Args(**flags | dict(total_timesteps=160, run_dir=tmp_path / "whole")))
     part = ppo_vlmrm.train(Args(**flags | dict(total_timesteps=80, run_dir=tmp_path / "part")))
     assert ppo_vlmrm.train(Args(**flags | dict(total_timesteps=160, resume=part))) == part
@@ -221,26 +235,28 @@ def test_resuming_is_exact_also_with_clip_and_several_goals(tmp_path):
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, number, status):
     flags = FLAGS | dict(total_timesteps=4000)
-    process = subprocess.Popen(command(**flags, run_dir=tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command("ppo_vlmrm", **flags, run_dir=tmp_path / "run"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "run" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
-    result = subprocess.run(command(resume=tmp_path / "run"), capture_output=True, text=True)
+    result = run("ppo_vlmrm", resume=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "run", ppo_vlmrm.train(Args(**flags, run_dir=tmp_path / "whole")))
 
 
 def test_flags_that_would_change_the_numbers_are_refused_on_resume(tmp_path):
     run_dir = ppo_vlmrm.train(Args(**FLAGS | dict(total_timesteps=40, run_dir=tmp_path / "run")))
-    result = subprocess.run(command(resume=run_dir, clip_coef=0.3, eval_every=7), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "--clip-coef 0.3 (was 0.2)" in result.stderr and "--eval-every" not in result.stderr
-    result = subprocess.run(command(num_minibatches=100, num_steps=2, num_envs=2), capture_output=True, text=True)
-    assert result.returncode == 2 and "--num-minibatches" in result.stderr, result.stderr
+    line = one_line(run("ppo_vlmrm", resume=run_dir, clip_coef=0.3, eval_every=7))
+    assert "--clip-coef 0.3 (was 0.2)" in line and "--eval-every" not in line
+    assert "--num-minibatches" in one_line(run("ppo_vlmrm", num_minibatches=100, num_steps=2, num_envs=2))
 
 
 def test_a_nan_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
@@ -254,5 +270,5 @@ def test_a_nan_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(PPO, "loss", poisoned)
     with pytest.raises(ppo_vlmrm.RunError, match="loss"):
         ppo_vlmrm.train(Args(**FLAGS, run_dir=tmp_path / "run"))
-    saved = ppo_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    saved = load(tmp_path / "run")
     assert saved["global_step"] == 240 and all(value.isfinite().all() for value in saved["agent"].values())

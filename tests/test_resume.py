@@ -4,39 +4,46 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import ROOT, TINY_CLIP, command, load, one_line, run, scalars
 
 import sac_vlmrm
 from sac_vlmrm import Args, RunError
 
-ROOT = Path(__file__).parent.parent
-TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
 # Two phases of 20 frames between checkpoints; without CLIP, so that a run starts in seconds.
-FLAGS = dict(env_id="InvertedPendulum-v5", reward="env", num_envs=2, episode_length=10, learning_starts=40, batch_size=16,
-             updates_per_frame=0.5, checkpoint_every=40, eval_every=40, eval_episodes=2, video=False, device="cpu",
-             buffer_size=100)  # fmt: skip
-
-
-def command(**flags):
-    words = [sys.executable, str(ROOT / "sac_vlmrm.py")]
-    for name, value in flags.items():
-        name = name.replace("_", "-")
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
+FLAGS = dict(
+    env_id="InvertedPendulum-v5",
+    reward="env",
+    num_envs=2,
+    episode_length=10,
+    learning_starts=40,
+    batch_size=16,
+    updates_per_frame=0.5,
+    checkpoint_every=40,
+    eval_every=40,
+    eval_episodes=2,
+    video=False,
+    device="cpu",
+    anneal_lr=False,
+    buffer_size=100,
+)
 
 
 def start(env=None, **flags):
     """Starts the script in a session of its own, so that what it leaves behind can be seen."""
-    return subprocess.Popen(command(**flags), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            start_new_session=True, env={**os.environ, **(env or {})})  # fmt: skip
+    line = command("sac_vlmrm", **flags)
+    environment = {**os.environ, **(env or {})}
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, start_new_session=True, env=environment, **pipes)
 
 
 def session_members(session):
@@ -60,21 +67,21 @@ def wait_for(condition, seconds=60):
 
 
 def final_state(run_dir):
-    saved = sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")
+    saved = load(run_dir)
     state_dim, action_dim = saved["agent"]["actor.net.0.weight"].shape[1], len(saved["agent"]["actor.net.4.bias"]) // 2
     buffer = sac_vlmrm.ReplayBuffer(100, state_dim, action_dim, "cpu")
-    buffer.load(run_dir / "replay.bin", saved["buffer_total"])
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-               if not tag.startswith("time/") and tag != "charts/SPS"}  # fmt: skip
-    return saved, buffer.rows, scalars
+    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", saved["buffer_total"], traceback=True)
+    logged = {tag: points for tag, points in scalars(run_dir).items() if not tag.startswith("time/")}
+    logged.pop("charts/SPS")
+    return saved, buffer.rows, logged
 
 
 def assert_same_end(run_dir, reference):
-    (saved, rows, scalars), (saved2, rows2, scalars2) = final_state(run_dir), final_state(reference)
-    torch.testing.assert_close(saved, saved2, rtol=0, atol=0)
-    torch.testing.assert_close(rows, rows2, rtol=0, atol=0)
-    assert scalars == scalars2
+    saved, rows, logged = final_state(run_dir)
+    expected_saved, expected_rows, expected_logged = final_state(reference)
+    torch.testing.assert_close(saved, expected_saved, rtol=0, atol=0)
+    torch.testing.assert_close(rows, expected_rows, rtol=0, atol=0)
+    assert logged == expected_logged
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,16 @@ def test_resuming_is_exact(tmp_path):
     assert_same_end(part, whole)
 
 
+def kill_is_due(process, path, before, while_writing):
+    newer = path.exists() and path.stat().st_mtime_ns != before
+    writing = while_writing and path.with_suffix(".tmp").exists()
+    return newer or writing or process.poll() is not None
+
+
+def no_members(session):
+    return not session_members(session)
+
+
 def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, reference):
     run_dir, rng = tmp_path / "run", random.Random(0)
     for kill in range(10):
@@ -101,17 +118,14 @@ def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, re
         path = run_dir / "checkpoint.pt"
         before = path.stat().st_mtime_ns if path.exists() else None
 
-        def newer():
-            return path.exists() and path.stat().st_mtime_ns != before  # noqa: B023
-
         # Half of the kills come right as files are written, the others a random moment after a checkpoint.
-        wait_for(lambda: newer() or (kill % 2 and (run_dir / "checkpoint.tmp").exists()) or process.poll() is not None)
+        wait_for(partial(kill_is_due, process, path, before, while_writing=kill % 2 == 1))
         time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.1))))
         process.kill()
         process.communicate()
-        wait_for(lambda: not session_members(process.pid))
-        assert sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")["global_step"] % 20 == 0
-    result = subprocess.run(command(resume=run_dir), capture_output=True, text=True)
+        wait_for(partial(no_members, process.pid))
+        assert load(run_dir)["global_step"] % 20 == 0
+    result = run("sac_vlmrm", resume=run_dir)
     assert result.returncode == 0, result.stderr
     assert_same_end(run_dir, reference)
 
@@ -125,16 +139,18 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_no_process_left(tmp_path, ref
     _, errors = process.communicate(timeout=30)
     assert process.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
     wait_for(lambda: not session_members(process.pid), 5)
-    frame = sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")["global_step"]
+    frame = load(run_dir)["global_step"]
     if frame < 400:
-        result = subprocess.run(command(resume=run_dir, total_timesteps=400), capture_output=True, text=True)
+        result = run("sac_vlmrm", resume=run_dir, total_timesteps=400)
         assert result.returncode == 0, result.stderr
         assert_same_end(run_dir, reference)
 
 
 def test_a_second_signal_ends_a_run_at_once():
-    code = ("import os, sac_vlmrm\nwith sac_vlmrm.stop_signals() as received:\n"
-            "    os.kill(os.getpid(), 2)\n    print(received, flush=True)\n    os.kill(os.getpid(), 2)\n    print('late')")  # fmt: skip
+    code = (
+        "import os, sac_vlmrm\nwith sac_vlmrm.stop_signals() as received:\n"
+        "    os.kill(os.getpid(), 2)\n    print(received, flush=True)\n    os.kill(os.getpid(), 2)\n    print('late')"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 130 and result.stdout == "[2]\n", result.stderr
 
@@ -148,7 +164,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "died (exit code -9)" in errors and "Traceback" not in errors, errors
     wait_for(lambda: not session_members(process.pid), 5)
-    sac_vlmrm.load_checkpoint(run_dir / "checkpoint.pt")
+    load(run_dir)
 
 
 BROKEN = """
@@ -188,7 +204,7 @@ def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
     process = start(**flags, run_dir=tmp_path / "run", total_timesteps=1000, env={"PYTHONPATH": str(tmp_path)})
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and said in errors and errors.count("error:") == 1, errors
-    assert sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"] >= 20
+    assert load(tmp_path / "run")["global_step"] >= 20
     wait_for(lambda: not session_members(process.pid), 5)
 
 
@@ -208,7 +224,7 @@ def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(sac_vlmrm.SAC, "update", poisoned)
     with pytest.raises(RunError, match="loss"):
         sac_vlmrm.train(Args(**{**FLAGS, "total_timesteps": 200}, run_dir=tmp_path / "loss"))
-    saved = sac_vlmrm.load_checkpoint(tmp_path / "loss" / "checkpoint.pt")
+    saved = load(tmp_path / "loss")
     assert saved["global_step"] == 80 and all(value.isfinite().all() for value in saved["agent"].values())
 
 
@@ -225,10 +241,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match="No space left"):
         sac_vlmrm.train(Args(**FLAGS, total_timesteps=10**4, run_dir=tmp_path / "run"))
-    frame = sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"]
+    frame = load(tmp_path / "run")["global_step"]
     monkeypatch.setattr(torch, "save", save)
     sac_vlmrm.train(Args(**FLAGS, total_timesteps=frame + 40, resume=tmp_path / "run"))
-    assert sac_vlmrm.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["global_step"] == frame + 40
+    assert load(tmp_path / "run")["global_step"] == frame + 40
 
 
 class Payload:
@@ -236,29 +252,32 @@ class Payload:
         return os.system, ("touch pwned",)
 
 
-def test_broken_and_foreign_checkpoints_are_one_line_and_run_nothing(tmp_path, reference, monkeypatch, capsys):
+def test_broken_and_foreign_checkpoints_are_one_line_and_run_nothing(tmp_path, reference, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = (reference / "checkpoint.pt").read_bytes()
     contents = {"pickle": pickle.dumps(Payload()), "cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}
     for name, content in contents.items():
         Path(name).write_bytes(content)
-        with pytest.raises(SystemExit) as end:
-            sac_vlmrm.load_checkpoint(Path(name))
-        message = capsys.readouterr().err
-        assert end.value.code == 2 and message.count("\n") == 1 and name in message
     torch.save({"model": torch.zeros(2)}, "foreign")
-    with pytest.raises(SystemExit):
-        sac_vlmrm.load_checkpoint(Path("foreign"))
+    for name in (*contents, "foreign"):
+        with pytest.raises(ValueError, match=f"^{name} is truncated or no checkpoint"):
+            sac_vlmrm.load_checkpoint(Path(name))
     assert not Path("pwned").exists()
 
 
+def test_a_broken_checkpoint_or_buffer_is_one_line_and_status_2(tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "run")
+    checkpoint, rows = (tmp_path / "run" / name for name in ("checkpoint.pt", "replay.bin"))
+    flags = dict(resume=tmp_path / "run", total_timesteps=440)
+    rows.write_bytes(rows.read_bytes()[:-100])
+    assert "replay.bin is truncated" in one_line(run("sac_vlmrm", **flags)).split(": error: ")[1]
+    checkpoint.write_bytes(b"hello")
+    assert "checkpoint.pt is truncated" in one_line(run("sac_vlmrm", **flags))
+
+
 def test_flags_that_would_change_the_numbers_are_refused_on_resume(reference, tmp_path):
-    result = subprocess.run(command(resume=reference, gamma=0.5, seed=7, eval_every=10), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "--gamma 0.5 (was 0.95)" in result.stderr and "--seed 7" in result.stderr
-    assert "--eval-every" not in result.stderr
-    result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--resume" in result.stderr
+    line = one_line(run("sac_vlmrm", resume=reference, gamma=0.5, seed=7, eval_every=10))
+    assert "--gamma 0.5 (was 0.98)" in line and "--seed 7" in line and "--eval-every" not in line
+    assert "args.json" in one_line(run("sac_vlmrm", resume=tmp_path))
     (tmp_path / "args.json").write_text(json.dumps({"goal": ["a humanoid robot kneeling"]}))
-    result = subprocess.run(command(resume=tmp_path), capture_output=True, text=True)
-    assert result.returncode == 2 and "checkpoint.pt" in result.stderr
+    assert "checkpoint.pt" in one_line(run("sac_vlmrm", resume=tmp_path))

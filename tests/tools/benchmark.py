@@ -1,7 +1,7 @@
 """Measures what a run spends its time on, each beside its plain counterpart, in one process and one go.
 
-    python tests/benchmark.py
-    python tests/benchmark.py --clip ViT-L-14 --device cuda
+    python tests/tools/benchmark.py
+    python tests/tools/benchmark.py --clip ViT-L-14 --device cuda
 
 Figures of speed depend on the machine and its other load: read the ratios.
 """
@@ -18,10 +18,10 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import sac_vlmrm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def plain_gymnasium(args):
 
 def ours(args, size):
     settings = sac_vlmrm.Args(env_id=args.env_id, num_envs=args.num_envs, episode_length=10**6)
-    with sac_vlmrm.make_envs(settings, size) as envs:
+    with sac_vlmrm.make_envs(settings, sac_vlmrm.PreprocessCfg(size=size)) as envs:
 
         def work():
             for _ in range(args.steps):
@@ -79,7 +79,8 @@ def ours(args, size):
 
 def main(args):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    name, tag, size = sac_vlmrm.resolve_clip(args.clip, None)
+    source = sac_vlmrm.find_clip(args.clip)
+    size = source.config.input_size[1]
     print(f"{args.env_id}, {args.num_envs} environments, {torch.get_num_threads()} CPU threads, device {device}")
     plain = plain_gymnasium(args)
     print(f"step and render, plain Gymnasium, 480 x 480     {plain:6.0f} frames/s")
@@ -88,7 +89,7 @@ def main(args):
         ratio = f"{fast / plain:.1f} x"
         print(f"step and render, this script, {pixels:3d} x {pixels:3d}         {fast:6.0f} frames/s  {ratio}")
 
-    clip = sac_vlmrm.CLIP(name, tag, device, batch_size=64)
+    clip = sac_vlmrm.CLIP(source, device, batch_size=64)
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (512, *clip.size, 3), np.uint8))
     images = clip.preprocess(frames[:64])
 
@@ -108,8 +109,14 @@ def main(args):
     agent.make_optimizers()
     buffer = sac_vlmrm.ReplayBuffer(10_000, *dims, device)
     n = 10_000
-    rows = dict(states=torch.randn(n, dims[0]), actions=torch.rand(n, dims[1]), rewards=torch.randn(n),
-                next_states=torch.randn(n, dims[0]), discounts=torch.zeros(n), goals=torch.zeros(n))  # fmt: skip
+    rows = dict(
+        states=torch.randn(n, dims[0]),
+        actions=torch.rand(n, dims[1]),
+        rewards=torch.randn(n),
+        next_states=torch.randn(n, dims[0]),
+        discounts=torch.zeros(n),
+        goal_ids=torch.zeros(n),
+    )
     buffer.add(**rows)
 
     def update():
@@ -125,18 +132,30 @@ def main(args):
         for _ in range(settings.checkpoint_every // n):
             buffer.add(**rows)
         start = time.perf_counter()
-        buffer.save(Path(folder) / "replay.bin")
+        sac_vlmrm.save_rows(buffer, Path(folder) / "replay.bin")
         seconds = time.perf_counter() - start
-        print(f"writing the {buffer.total} transitions that are new to a checkpoint: {seconds:.1f} s, "
-              f"{seconds / (settings.checkpoint_every / fast):.1%} of the time to collect them")
+        print(
+            f"writing the {buffer.total} transitions that are new to a checkpoint: {seconds:.1f} s, "
+            f"{seconds / (settings.checkpoint_every / fast):.1%} of the time to collect them"
+        )
         settings = sac_vlmrm.Args(clip=args.clip, env_id=args.env_id, num_envs=args.num_envs, device=args.device)
         phase = settings.episode_length * args.num_envs
-        settings = replace(settings, run_dir=Path(folder) / "run", total_timesteps=8 * phase, learning_starts=phase,
-                           updates_per_frame=0.25, batch_size=args.batch_size, eval_every=10**9, video=False)
+        settings = replace(
+            settings,
+            run_dir=Path(folder) / "run",
+            total_timesteps=8 * phase,
+            learning_starts=phase,
+            updates_per_frame=0.25,
+            batch_size=args.batch_size,
+            eval_every=10**9,
+            video=False,
+        )
         sac_vlmrm.train(settings)
         events = EventAccumulator(str(settings.run_dir)).Reload()
-        shares = {name: np.mean([event.value for event in events.Scalars(f"time/{name}")[2:-1]])
-                  for name in ("collect", "label", "update")}
+        shares = {
+            name: np.mean([event.value for event in events.Scalars(f"time/{name}")[2:-1]])
+            for name in ("collect", "label", "update")
+        }
     print("a run with 1 update per 4 frames: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 

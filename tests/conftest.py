@@ -1,0 +1,98 @@
+"""What several tests share: the embedded CLIP, renders, command lines, and readers of what a run leaves behind."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sac_vlmrm import CLIP, SceneRenderer, find_clip
+
+ROOT = Path(__file__).parent.parent
+TINY_CLIP = str(ROOT / "tests" / "tiny_clip")
+KNEELING = "a humanoid robot kneeling"
+LYING = "a humanoid robot lying on its back"
+SCENE = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 1), follow=True, restyle=True)
+
+
+def make_clip(path=TINY_CLIP, **flags):
+    return CLIP(find_clip(str(path), **flags), "cpu")
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return make_clip()
+
+
+@pytest.fixture(scope="session")
+def kneeling_frame():
+    """A committed render of the kneeling humanoid, [96, 96, 3]."""
+    return np.asarray(Image.open(Path(TINY_CLIP) / "kneeling.png").convert("RGB")).copy()
+
+
+def render_states(env_id, states, size=96):
+    """Frames [n, size, size, 3] of MuJoCo states with the scripts' default camera."""
+    render = SceneRenderer(gym.make(env_id).unwrapped.fullpath, (size, size), **SCENE)
+    return np.stack([render(qpos) for qpos in states])
+
+
+@pytest.fixture(scope="session")
+def render():
+    """`render_states` in a process of its own: one that has started OpenGL can no longer fork its environments."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield lambda *arguments: pool.apply(render_states, arguments)
+
+
+def command(script, *words, **flags):
+    """The command line of a script, `sac_vlmrm` say: values become words, booleans --flag or --no-flag."""
+    line = [sys.executable, str(ROOT / f"{script}.py"), *map(str, words)]
+    for name, value in flags.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            line += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return line
+
+
+def run(script, *words, env=None, timeout=600, **flags):
+    """Runs a script to its end; stdout, stderr and the exit status are in what it returns."""
+    environment = {**os.environ, **(env or {})}
+    line = command(script, *words, **flags)
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def scalars(run_dir):
+    """What a run logged: tag -> [(step, value), ...]."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def values(run_dir):
+    """What a run logged, without the steps: tag -> [value, ...]."""
+    return {tag: [value for _, value in points] for tag, points in scalars(run_dir).items()}
+
+
+def load(run_dir, name="checkpoint.pt"):
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def unit(rng, *shape):
+    """Random unit vectors, float64."""
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def one_line(result):
+    """Standard error of a script that ended over a mistake of its user: its only line."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
