@@ -14,68 +14,59 @@ precision and recall ("Vision-Language Models as a Source of Rewards", 2023, arX
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.15.0",
-#     "torchvision==0.29.2",
-#     "open_clip_torch==3.3.0",
-#     "huggingface_hub==2.4.0",
-#     "gymnasium==1.4.0",
-#     "mujoco==4.0.0",
-#     "tyro==1.0.17",
-#     "imageio==2.37.0",
-#     "imageio-ffmpeg==0.6.0",
-#     "numpy==2.4.6",
-#     "pillow==13.0.0",
-#     "tqdm==4.70.1",
-#     "scipy==1.17.1",
-#     "scikit-learn==1.9.1",
-#     "matplotlib==3.11.2",
+#     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
+#     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tqdm==4.70.1", "imageio==2.37.0", "imageio-ffmpeg==0.6.0",
+#     "numpy==2.4.6", "pillow==13.0.0", "pandas==3.1.1", "scipy==1.17.1", "scikit-learn==1.9.1", "matplotlib==3.11.2",
 # ]
 # ///
+from __future__ import annotations
+
 import base64
+import contextlib
 import copy
-import csv
-import difflib
+import functools
 import html
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shlex
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported: render without a window
-
-EGL_ADVICE = "install OpenGL without a display: apt-get install libegl1 libgl1-mesa-dri, or the GPU driver's EGL"
 try:
     import mujoco
 except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
-    print(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); {EGL_ADVICE}", file=sys.stderr)
+    print(f"error: no OpenGL without a display ({error}): apt-get install libegl1 libgl1-mesa-dri", file=sys.stderr)
     sys.exit(2)
 import gymnasium as gym
 import huggingface_hub
 import imageio
 import numpy as np
 import open_clip
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
 from open_clip.pretrained import download_pretrained_from_hf
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageDraw, ImageOps
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from PIL import Image
+from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest, pearsonr, spearmanr
-from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
@@ -85,8 +76,10 @@ class Args:
     """`cpu`, `cuda`, `cuda:1`, ...; auto is CUDA where there is one"""
     out_dir: Path | None = None
     """folder of the report (default: a new one under runs/)"""
-    bootstrap: int = 500
+    bootstrap: Natural = 500
     """resamples of the episodes for the 95% intervals; 0 leaves the intervals out"""
+    traceback: bool = False
+    """show errors before the first frame with their traceback, instead of in one line"""
 
     # ---- states and labels ----
     rollouts: tuple[Path, ...] = ()
@@ -99,7 +92,7 @@ class Args:
     """graded labels above this are the goal state (default: what needs a goal state is left out for graded labels)"""
     sweep: tuple[str, ...] = ()
     """lines of states: a task's name (standing to its pose), `pole`, or JOINT:FROM:TO of --env-id (radians, meters)"""
-    sweep_points: int = 101
+    sweep_points: bounded(int, 2) = 101
     """states of a sweep"""
     task: str | None = None
     """labels states: kneeling, lotus, standing, arms-raised, splits, hands-on-hips, arms-crossed, one-leg, pole"""
@@ -111,7 +104,7 @@ class Args:
     """wordings of the goal, each judged on its own (default: the task's prompt in VLM-RM)"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
-    alpha: tuple[float, ...] = (0.0,)
+    alpha: tuple[Share, ...] = (0.0,)
     """strengths of the goal-baseline regularisation, 0 (plain cosine, the paper's humanoid setting) to 1"""
     template: tuple[str, ...] = ("{}",)
     """prompt templates, "{}" is the prompt; the embeddings of several are averaged"""
@@ -119,9 +112,9 @@ class Args:
     """VLM-RM's CLIP reward, or VLM-SR's"""
     negatives: tuple[str, ...] = ()
     """prompts that a goal competes with in the binary reward, beside the other goals"""
-    temperature: float = 0.01
+    temperature: Positive = 0.01
     """of the binary reward's softmax over cosines; CLIP models are trained with about 0.01"""
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """the binary reward is 1 where the goal's probability is above this"""
 
     # ---- CLIP ----
@@ -129,7 +122,7 @@ class Args:
     """open_clip architectures, `hf-hub:ORG/NAME`, or directories that hold an open_clip_config.json and weights"""
     clip_pretrained: tuple[str, ...] = ()
     """tag of each architecture's weights, `default` for the paper's or one trained on LAION-2B (default: all those)"""
-    clip_batch_size: int = 256
+    clip_batch_size: Count = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
@@ -137,11 +130,11 @@ class Args:
     """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
     # ---- camera ----
-    render_size: int | None = None
+    render_size: Count | None = None
     """pixels, height and width of a MuJoCo frame (default: the CLIP model's input size, so that nothing is resized)"""
     restyle: bool = True
     """draw MuJoCo with a sky, a tiled floor and a light robot instead of in the environment's own look"""
-    camera_distance: float = 3.5
+    camera_distance: Positive = 3.5
     """meters from the camera to the point it looks at"""
     camera_elevation: float = -10.0
     """degrees; negative looks down"""
@@ -151,21 +144,6 @@ class Args:
     """meters, the point that the camera looks at"""
     camera_follow: bool = True
     """move the look-at's x and y with the robot, never its height; --no-camera-follow is the paper's fixed camera"""
-
-
-# What a run's args.json tells about its reward and camera.
-OF_A_RUN = ("baseline", "alpha", "template", "reward", "negatives", "temperature", "threshold", "clip",
-            "clip_pretrained", "image_resize_mode", "render_size", "restyle", "camera_distance", "camera_elevation",
-            "camera_azimuth", "camera_lookat", "camera_follow")
-# The pendulum is seen from the side; --sweep pole and --task pole bring this along.
-OF_THE_POLE = dict(env_id="InvertedPendulum-v5", baseline="pole and cart", camera_azimuth=90.0, camera_distance=3.0,
-                   camera_lookat=(0.0, 0.0, 0.3))
-
-
-def fail(message):
-    """Ends the program over a mistake that the user can mend: one line, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 # ---------------------------------------------------------------- the CLIP reward
@@ -205,95 +183,25 @@ def goal_probability(frames, goals, negatives, temperature):
     return logits.softmax(-1)[:, : len(goals)]
 
 
-PAPER_WEIGHTS = {"RN50": "openai", "ViT-L-14": "laion2b_s32b_b82k", "ViT-H-14": "laion2b_s32b_b79k",
-                 "ViT-bigG-14": "laion2b_s39b_b160k"}  # the models that VLM-RM compares
-
-
-def resolve_clip(clip, pretrained):
-    """Finds a CLIP model's weights, downloading what is not cached, without loading them.
-
-    Returns the name and tag that `open_clip.create_model` takes, and the input size in pixels. Ends the program where
-    open_clip would only warn: over missing weights (it makes random ones) and over a wrong activation.
-    """
-    if Path(clip).is_dir():
-        files = {path.name for path in Path(clip).iterdir()}
-        if "open_clip_config.json" not in files or not any(f.endswith((".safetensors", ".bin", ".pth")) for f in files):
-            fail(f"--clip {clip}: the directory needs an open_clip_config.json and an open_clip_model.safetensors")
-        name, tag = f"local-dir:{clip}", None
-    elif clip.startswith("hf-hub:"):
-        name, tag = clip, None
-    else:
-        name = clip.replace("/", "-")
-        if name not in open_clip.list_models():
-            near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 4, 0.3))
-            fail(f"--clip {clip}: neither a directory nor an open_clip architecture (near: {near})")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        tag = pretrained or PAPER_WEIGHTS.get(name.removesuffix("-quickgelu"))
-        tag = tag or next((t for t in tags if "laion2b" in t), (tags or [None])[-1])
-        if tag not in tags:
-            fail(f"--clip-pretrained {tag}: no such weights of {name}; there are: {', '.join(tags) or 'none'}")
-        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-        if quick != open_clip.get_model_config(name).get("quick_gelu", False):
-            other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-            fail(f"--clip {clip}: the {tag} weights were trained with another activation: use --clip {other} "
-                 f"--clip-pretrained {tag}")
-    if pretrained and not tag:
-        fail(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
-    try:  # without a network, do not let the hub retry for a minute before it looks into its cache
-        if not name.startswith("local-dir:"):
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        if tag:
-            open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-        elif name == clip:
-            download_pretrained_from_hf(clip.removeprefix("hf-hub:"))
-        size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
-    except Exception as error:
-        fail(f"--clip {clip}: neither cached nor to be downloaded ({type(error).__name__}): connect to the network, or "
-             "name a directory, such as --clip tests/tiny_clip")
-    return name, tag, size if isinstance(size, int) else size[0]
-
-
-def check_prompts(name, prompts):
-    """Ends the program over prompts that are longer than a CLIP model's context, whose tokenizer would cut them."""
-    tokenizer = open_clip.get_tokenizer(name)
-    for prompt in prompts:
-        words = prompt.split()
-        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
-            words.pop()
-        if len(words) < len(prompt.split()):
-            fail(f'the prompt "{prompt}" is too long for the model, which would not see anything after "{words[-1]}"')
-
-
 class CLIP:
-    """An open_clip model that embeds frames and prompts; `name` and `pretrained` as from `resolve_clip`.
-
-    `resize_mode` is open_clip's, for frames that do not have the model's input size; None is the model's own.
+    """An open_clip model that embeds frames and prompts. `source` comes from `find_clip`.
 
     Raises RuntimeError if weights were not loaded into the whole model.
     """
 
-    def __init__(self, name, pretrained, device, precision="auto", batch_size=256, resize_mode=None):
+    def __init__(self, source, device, precision="auto", batch_size=256):
         self.device, self.batch_size = torch.device(device), batch_size
         if precision == "auto":
             precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        self.model = open_clip.create_model(name, pretrained, device=self.device, require_pretrained=True)
+        self.model = open_clip.create_model(**source.model, device=self.device, require_pretrained=True)
         self.model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name)
-        config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.model))
-        config.resize_mode = resize_mode or config.resize_mode
-        self.transform, self.size = image_transform_v2(config, is_train=False), config.input_size[1:]  # (h, w)
-        self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
+        self.transform = image_transform_v2(source.config, is_train=False)
+        self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -301,9 +209,9 @@ class CLIP:
 
         As in VLM-RM's code, the mean of an ensemble is not normalised again.
         """
-        tokens = self.tokenizer([t.replace("{}", p) for p in prompts for t in templates]).to(self.device)
+        texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
-            embeddings = self.model.encode_text(tokens)
+            embeddings = self.model.encode_text(self.tokenizer(texts).to(self.device))
         embeddings = F.normalize(embeddings.float(), dim=-1)
         return embeddings.view(len(prompts), len(templates), -1).mean(1)
 
@@ -324,57 +232,6 @@ class CLIP:
             return torch.stack([self.transform(Image.fromarray(frame.numpy())) for frame in frames]).to(self.device)
         images = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # uint8 until it is on the device
         return (images.float() / 255.0 - self.mean) / self.std
-
-
-# ---------------------------------------------------------------- the rendered states
-
-
-def build_scene(xml_path, restyle):
-    """Compiles an environment's XML for rendering, in its own look or in ours: a `mujoco.MjModel` with the same qpos.
-
-    Our look is procedural, and spares what only costs time at a CLIP's resolution: multisampling, shadows, reflections,
-    fine meshes.
-    """
-    spec = mujoco.MjSpec.from_file(str(xml_path))
-    if not restyle:
-        return spec.compile()
-    quality = spec.visual.quality
-    quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks, quality.numquads = 0, 0, 16, 8, 1
-    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.2, 0.2, 0.2), (0.3, 0.3, 0.3)
-    for texture in list(spec.textures):
-        if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
-            spec.delete(texture)
-    spec.add_texture(name="vlmrm_sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=256, height=256,
-                     builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, rgb1=(0.45, 0.55, 0.7), rgb2=(0.15, 0.2, 0.3))
-    spec.add_texture(name="vlmrm_tiles", type=mujoco.mjtTexture.mjTEXTURE_2D, width=256, height=256,
-                     builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER, rgb1=(0.22, 0.25, 0.28), rgb2=(0.42, 0.45, 0.48))
-    floor = spec.add_material(name="vlmrm_floor", texuniform=True, texrepeat=(1, 1), reflectance=0.0)
-    floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "vlmrm_tiles"
-    spec.add_material(name="vlmrm_robot", reflectance=0.0, specular=0.3, shininess=0.3)
-
-    def paint(body, depth):
-        for geom in body.geoms:
-            if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
-                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
-                geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
-            elif geom.rgba[3] > 0:  # keep what is invisible invisible
-                shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
-                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
-        for child in body.bodies:
-            paint(child, depth + 1)
-
-    paint(spec.worldbody, 0)
-    if spec.geom("head") and spec.body("torso") and spec.body("pelvis"):
-        # The bare humanoid looks the same from the front and the back: a visor, a chest and a back tell them apart.
-        marks = [("torso", (0.065, 0, 0.2), (0.035, 0.065, 0.025), (0.08, 0.08, 0.1)),
-                 ("torso", (0.045, 0, 0.0), (0.035, 0.08, 0.05), (0.15, 0.35, 0.75)),
-                 ("torso", (-0.045, 0, 0.0), (0.035, 0.08, 0.05), (0.75, 0.2, 0.15)),
-                 ("pelvis", (0.04, 0, 0.0), (0.04, 0.07, 0.04), (0.15, 0.35, 0.75)),
-                 ("pelvis", (-0.08, 0, 0.0), (0.04, 0.07, 0.04), (0.75, 0.2, 0.15))]
-        for body, pos, size, rgb in marks:
-            spec.body(body).add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=pos, size=size, rgba=(*rgb, 1), mass=0,
-                                     material="vlmrm_robot", contype=0, conaffinity=0)
-    return spec.compile()
 
 
 class SceneRenderer:
@@ -415,6 +272,156 @@ class SceneRenderer:
             self.renderer = None
 
 
+# ---------------------------------------------------------------- states and their frames
+
+
+@dataclass(eq=False)
+class Source:
+    """Where frames come from: the states of a rollout or a sweep, or pictures."""
+
+    name: str
+    kind: str  # "rollout", "sweep" or "frames"
+    # A row a frame: source, episode and step (whole numbers from 0), label (NaN where there is none). Of a rollout also
+    # recorded, the reward that training computed; of a sweep position and progress, which rises towards the goal.
+    table: pd.DataFrame
+    qpos: np.ndarray | None = None  # [n, nq]
+    files: list[Path] | None = None  # n images, or one video
+    square: bool = True  # whether all pictures are
+    goal: str = ""  # of the rollout
+    axis: str = ""  # what a sweep's position is, with its unit
+    video: object = None  # its reader, once it is open
+
+    def frame(self, render, row):
+        """One frame, uint8 [H, W, 3]."""
+        if self.qpos is not None:
+            return render(self.qpos[row])
+        if self.files[0].suffix.lower() in IMAGES:
+            return np.array(Image.open(self.files[row]).convert("RGB"))
+        if self.video is None:
+            self.video = imageio.get_reader(self.files[0])
+        return self.video.get_data(row)  # asked for in order, each frame is decoded once
+
+    def chunks(self, render, n=256):
+        """Yields all frames in order, uint8 [up to n, H, W, 3]: few at a time, to keep memory flat."""
+        for start in range(0, len(self.table), n):
+            frames = [self.frame(render, row) for row in self.table.index[start : start + n]]
+            for _, same_shape in itertools.groupby(frames, key=np.shape):
+                yield np.stack(list(same_shape))
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+ROOT = ("root_x", "root_y", "root_z", "root_roll", "root_pitch", "root_yaw")  # of a robot with a free joint
+PROGRESS_BAR = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def load_frames(path):
+    """The images of a folder, in the order of their names, or the frames of a video."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+        names = [str(file) for file in files]
+        sizes = set()
+        for file in files:
+            with Image.open(file) as image:
+                sizes.add(image.size)
+                image.verify()
+    else:
+        files = [path]
+        with imageio.get_reader(path) as reader:
+            names = [str(path) for _ in reader]
+            sizes = {reader.get_meta_data()["size"]}
+    if not names:
+        raise ValueError(f"--frames {path}: it holds no images ({' '.join(IMAGES)})")
+    table = pd.DataFrame({"source": names, "episode": 0, "step": range(len(names)), "label": np.nan})
+    return Source(str(path), "frames", table, files=files, square=all(width == height for width, height in sizes))
+
+
+def load_rollout(path, env_id, model):
+    """The states of a training script's rollout file; what is after the end of an episode is dropped."""
+    saved = read_rollout(path)
+    if saved["env_id"] != env_id:
+        raise ValueError(f"--rollouts {path}: of {saved['env_id']}, not {env_id}: judge one environment at a time")
+    if "qpos" not in saved:
+        raise ValueError(f"--rollouts {path}: no states were saved of {env_id}, no MuJoCo environment: use --frames")
+    alive = np.arange(saved["qpos"].shape[1]) < saved["lengths"][:, None]  # [episodes, T]
+    qpos = saved["qpos"][alive]  # [n, nq]
+    if qpos.shape[1] != model.nq or len(qpos) == 0 or not np.isfinite(qpos).all():
+        raise ValueError(f"--rollouts {path}: its states {qpos.shape} must be finite, [at least 1, {model.nq}]")
+    episodes, steps = np.nonzero(alive)
+    table = pd.DataFrame({"source": str(path), "episode": episodes, "step": steps, "label": np.nan})
+    if "clip_rewards" in saved:
+        table["recorded"] = saved["clip_rewards"][alive]
+    return Source(str(path), "rollout", table, qpos, goal=saved["goal"])
+
+
+def make_sweep(spec, points, env):
+    """States along a line, from what --sweep says: a task's pose, the pole, or a joint between two values."""
+    if spec in POSES and spec in TASKS:
+        start = "squatting" if spec == "standing" else "standing"
+        axis = f"from {start} (0) to the pose of {spec} (1)"
+        position = np.linspace(0, 1, points)
+        poses = [(1 - share) * np.array(POSES[start]) + share * np.array(POSES[spec]) for share in position]
+        data = mujoco.MjData(env.model)
+        qpos = np.stack([humanoid_pose(env.model, data, pose) for pose in poses])
+        progress = position
+    elif spec == "pole":
+        qpos, position, axis = sweep_joint(f"hinge:{-math.pi / 2}:{math.pi / 2}", points, env)
+        progress = -np.abs(position)
+    else:
+        qpos, position, axis = sweep_joint(spec, points, env)
+        progress = np.arange(points)
+    table = pd.DataFrame({"source": f"sweep {spec}", "episode": 0, "step": range(points), "label": np.nan})
+    return Source(f"sweep {spec}", "sweep", table.assign(position=position, progress=progress), qpos, axis=axis)
+
+
+def sweep_joint(spec, points, env):
+    """States [points, nq] that differ in one joint, by JOINT:FROM:TO; ROOT are the directions of a free joint."""
+    model = env.model
+    if spec.count(":") != 2:
+        raise ValueError(f"--sweep {spec}: neither a task ({', '.join(TASKS)}) nor JOINT:FROM:TO, such as hinge:-1:1")
+    joint, start, end = spec.split(":")
+    joints = [model.joint(i).name for i in range(model.njnt) if model.jnt_type[i] >= 2]  # slides and hinges
+    if model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:
+        joints += ROOT
+    if joint not in joints:
+        raise ValueError(f"--sweep {spec}: {env.spec.id} has no joint {joint}; it has {', '.join(joints)}")
+    values = np.linspace(float(start), float(end), points)
+    if not np.ptp(values) > 0:
+        raise ValueError(f"--sweep {spec}: an empty sweep, from and to must differ")
+    qpos = np.tile(env.init_qpos, (points, 1))
+    if joint in ROOT[3:]:
+        turns = Rotation.from_euler("xyz"[ROOT.index(joint) - 3], values[:, None])
+        start = Rotation.from_quat(env.init_qpos[3:7], scalar_first=True)
+        qpos[:, 3:7] = (turns * start).as_quat(scalar_first=True)
+        return qpos, values, f"{joint}, rad"
+    if joint in ROOT[:3]:
+        qpos[:, ROOT.index(joint)] = values
+        return qpos, values, f"{joint}, m"
+    qpos[:, model.joint(joint).qposadr[0]] = values
+    return qpos, values, f"{joint}, {'m' if model.joint(joint).type[0] == mujoco.mjtJoint.mjJNT_SLIDE else 'rad'}"
+
+
+def encode(sources, xml_path, models, args):
+    """Embeds every frame once with each model: a list of [N, D] float32, one a model.
+
+    Rendered once for each input size; the models of one size see the same frames.
+    """
+    sizes = [(args.render_size, args.render_size) if args.render_size else tuple(model.size) for model in models]
+    embeddings = [[] for _ in models]
+    total = sum(len(source.table) for source in sources) * len(set(sizes))
+    progress = tqdm(total=total, desc="encode", unit=" frames", **PROGRESS_BAR)
+    for size in dict.fromkeys(sizes):
+        render = SceneRenderer(xml_path, size, **scene_of(args)) if xml_path else None
+        for frames in itertools.chain.from_iterable(source.chunks(render) for source in sources):
+            for i, model in enumerate(models):
+                if sizes[i] == size:
+                    embeddings[i].append(model.encode_images(frames).cpu())
+            progress.update(len(frames))
+        if render:
+            render.close()
+    progress.close()
+    return [torch.cat(parts) for parts in embeddings]
+
+
 # ---------------------------------------------------------------- the goal states of the tasks
 # VLM-RM says in words what a person counted as the goal state. Here it is read off the simulator's state; lengths are
 # in meters. For scale: the standing humanoid is 1.57 high, with its pelvis at 0.87 and its knees at 0.42.
@@ -424,39 +431,47 @@ class Body:
     """What the criteria look at in a Humanoid's state, from what `meets` makes. Pairs are (left, right)."""
 
     def __init__(self, model, data):
-        floor = model.geom("floor").id
-        pairs = data.contact.geom[data.contact.dist < 0.01]  # [n, 2]
-        touching = set(pairs[(pairs == floor).any(1)].ravel().tolist()) - {floor}
-        feet = [model.geom(f"{side}_foot").id for side in ("left", "right")]
-        self.grounded, self.only_on_feet = bool(touching), bool(touching) and touching <= set(feet)
+        def pair(kind, part):  # where the left and the right one are, [2, 3]
+            return np.stack([getattr(data, kind)(f"{side}_{part}").xpos for side in ("left", "right")])
+
+        def seen_from(body, points):  # in its own axes: ahead, left, up
+            return (points - body.xpos) @ body.xmat.reshape(3, 3)
+
         torso, pelvis = data.body("torso"), data.body("pelvis")
+        thighs, shins = pair("body", "thigh"), pair("body", "shin")
+        floor = model.geom("floor").id
+        feet = {model.geom("left_foot").id, model.geom("right_foot").id}
+        contacts = data.contact.geom[data.contact.dist < 0.01]  # pairs of geoms, [n, 2]
+        touching = set(contacts[(contacts == floor).any(1)].ravel().tolist()) - {floor}
+        self.grounded = len(touching) > 0
+        self.only_on_feet = self.grounded and touching <= feet
         self.up = torso.xmat[8]  # how far the torso's own up-axis points up, 1 when upright
         self.pelvis = pelvis.xpos[2]
-        butt = data.geom("butt")  # a capsule, lying across
-        self.seat = butt.xpos[2] - abs(butt.xmat[8]) * model.geom("butt").size[1] - model.geom("butt").size[0]
+        radius, half_length = model.geom("butt").size[:2]  # a capsule, lying across
+        self.seat = data.geom("butt").xpos[2] - abs(data.geom("butt").xmat[8]) * half_length - radius
         self.head_top = data.geom("head").xpos[2] + model.geom("head").size[0]
         self.center = data.subtree_com[1][:2]  # of mass, x and y
-        self.feet_at = data.geom_xpos[feet]
-        self.feet = self.feet_at[:, 2] - model.geom_size[feet, 0]  # heights of the soles, which are spheres
-        shins = np.stack([data.body(f"{side}_shin").xpos for side in ("left", "right")])
-        thighs = np.stack([data.body(f"{side}_thigh").xpos for side in ("left", "right")])
         self.knees = shins[:, 2]
-        self.bend = -np.rad2deg([data.joint(f"{side}_knee").qpos[0] for side in ("left", "right")])  # 0 is straight
+        self.bend = -np.rad2deg([data.joint("left_knee").qpos[0], data.joint("right_knee").qpos[0]])  # 0 is straight
+
+        self.feet_at = pair("geom", "foot")
+        self.soles = self.feet_at[:, 2] - model.geom("left_foot").size[0]  # their heights; a foot is a sphere
+        self.feet = seen_from(pelvis, self.feet_at)
+        # How far they point to their own side: 0 straight down or ahead, 1 sideways.
         outwards = np.outer((1, -1), pelvis.xmat[1::3])  # the pelvis's own left, and right
-        self.thighs_out, self.legs_out = (  # how far they point to their own side: 0 straight down or ahead, 1 sideways
-            (v * outwards).sum(1) / np.linalg.norm(v, axis=1) for v in (shins - thighs, self.feet_at - thighs))
-        self.feet_off = np.abs((self.feet_at - pelvis.xpos) @ pelvis.xmat[1::3])  # from the body's middle plane
-        self.feet_far = np.linalg.norm(self.feet_at - pelvis.xpos, axis=1)
-        self.hands_at = np.stack([data.geom(f"{side}_hand").xpos for side in ("left", "right")])
-        self.hands = (self.hands_at - torso.xpos) @ torso.xmat.reshape(3, 3)  # in the torso's axes: ahead, left, up
+        self.thighs_out = ((shins - thighs) * outwards).sum(1) / np.linalg.norm(shins - thighs, axis=1)
+        self.legs_out = ((self.feet_at - thighs) * outwards).sum(1) / np.linalg.norm(self.feet_at - thighs, axis=1)
+
+        self.hands_at = pair("geom", "hand")
+        self.hands = seen_from(torso, self.hands_at)
         hips = np.array([(-0.01, 0.17, 0.08), (-0.01, -0.17, 0.08)])  # on the pelvis's sides, where the hip bones are
-        self.hands_to_hips = np.linalg.norm((self.hands_at - pelvis.xpos) @ pelvis.xmat.reshape(3, 3) - hips, axis=1)
+        self.hands_to_hips = np.linalg.norm(seen_from(pelvis, self.hands_at) - hips, axis=1)
 
     def stands(self):
-        down = self.feet < 0.05
+        down = self.soles < 0.05
         if not (self.only_on_feet and self.up > 0.8 and self.pelvis > 0.7 and down.any()):
             return False
-        return bool(np.linalg.norm(self.center - self.feet_at[down, :2].mean(0)) < 0.3)
+        return np.linalg.norm(self.center - self.feet_at[down, :2].mean(0)) < 0.3
 
 
 def kneeling(model, data):
@@ -465,7 +480,7 @@ def kneeling(model, data):
     And the robot touches the floor. Without the bend, sitting with the legs stretched out would be kneeling.
     """
     body = Body(model, data)
-    return bool(body.knees.max() <= 0.12 and body.bend.min() > 45 and body.up > 0.7 and body.grounded)
+    return body.knees.max() <= 0.12 and body.bend.min() > 45 and body.up > 0.7 and body.grounded
 
 
 def lotus(model, data):
@@ -476,8 +491,8 @@ def lotus(model, data):
     """
     body = Body(model, data)
     seated = body.grounded and body.seat < 0.1 and body.up > 0.7
-    feet_in = body.bend.min() > 90 and body.feet_off.max() < 0.2 and body.feet_far.max() < 0.4
-    return bool(seated and feet_in and body.knees.max() < 0.3 and body.thighs_out.min() > 0.5)
+    feet_in = np.abs(body.feet[:, 1]).max() < 0.2 and np.linalg.norm(body.feet, axis=1).max() < 0.4
+    return seated and feet_in and body.bend.min() > 90 and body.knees.max() < 0.3 and body.thighs_out.min() > 0.5
 
 
 def standing(model, data):
@@ -491,7 +506,7 @@ def standing(model, data):
 def arms_raised(model, data):
     """Standing, and both hands above the top of the head."""
     body = Body(model, data)
-    return body.stands() and bool(body.hands_at[:, 2].min() > body.head_top)
+    return body.stands() and body.hands_at[:, 2].min() > body.head_top
 
 
 def splits(model, data):
@@ -503,13 +518,13 @@ def splits(model, data):
     body = Body(model, data)
     seated = body.grounded and body.seat < 0.1 and body.up > 0.5
     sideways = body.legs_out.min() > math.sin(math.pi / 4)
-    return bool(seated and body.feet.max() < 0.15 and body.bend.max() < 45 and sideways)
+    return seated and body.soles.max() < 0.15 and body.bend.max() < 45 and sideways
 
 
 def hands_on_hips(model, data):
     """Standing, and each hand's center within 0.12 m of the side of the pelvis, 0.08 m above its middle."""
     body = Body(model, data)
-    return body.stands() and bool(body.hands_to_hips.max() < 0.12)
+    return body.stands() and body.hands_to_hips.max() < 0.12
 
 
 def arms_crossed(model, data):
@@ -520,53 +535,59 @@ def arms_crossed(model, data):
     """
     body = Body(model, data)
     ahead, left, up = body.hands.T
-    before = 0.05 < ahead.min() and ahead.max() < 0.45 and np.abs(up).max() < 0.2
-    return body.stands() and bool(before and left[1] - left[0] >= 0.1)
+    before_chest = 0.05 < ahead.min() and ahead.max() < 0.45 and np.abs(up).max() < 0.2
+    return body.stands() and before_chest and left[1] - left[0] >= 0.1
 
 
 def one_leg(model, data):
     """Standing on one foot, the other's sole above 0.1 m, the center of mass within 0.2 m of the foot: balanced."""
     body = Body(model, data)
-    low, high = np.argsort(body.feet)
+    low, high = np.argsort(body.soles)
     balanced = np.linalg.norm(body.center - body.feet_at[low, :2]) < 0.2
-    return body.stands() and bool(body.feet[low] < 0.05 and body.feet[high] > 0.1 and balanced)
+    return body.stands() and body.soles[low] < 0.05 and body.soles[high] > 0.1 and balanced
 
 
 def pole(model, data):
     """The pole within 0.2 rad of upright, where the environment itself would end the episode."""
-    return bool(abs(data.joint("hinge").qpos[0]) <= 0.2)
+    return abs(data.joint("hinge").qpos[0]) <= 0.2
 
 
-TASKS = {"kneeling": ("a humanoid robot kneeling", kneeling),
-         "lotus": ("a humanoid robot seated down, meditating in the lotus position", lotus),
-         "standing": ("a humanoid robot standing up", standing),
-         "arms-raised": ("a humanoid robot standing up, with both arms raised", arms_raised),
-         "splits": ("a humanoid robot practicing gymnastics, doing the side splits", splits),
-         "hands-on-hips": ("a humanoid robot standing up with hands on hips", hands_on_hips),
-         "arms-crossed": ("a humanoid robot standing up, with its arms crossed", arms_crossed),
-         "one-leg": ("a humanoid robot standing up on one leg", one_leg),
-         "pole": ("pole vertically upright on top of the cart", pole)}
+TASKS = {  # name: VLM-RM's prompt, criterion
+    "kneeling": ("a humanoid robot kneeling", kneeling),
+    "lotus": ("a humanoid robot seated down, meditating in the lotus position", lotus),
+    "standing": ("a humanoid robot standing up", standing),
+    "arms-raised": ("a humanoid robot standing up, with both arms raised", arms_raised),
+    "splits": ("a humanoid robot practicing gymnastics, doing the side splits", splits),
+    "hands-on-hips": ("a humanoid robot standing up with hands on hips", hands_on_hips),
+    "arms-crossed": ("a humanoid robot standing up, with its arms crossed", arms_crossed),
+    "one-leg": ("a humanoid robot standing up on one leg", one_leg),
+    "pole": ("pole vertically upright on top of the cart", pole),
+}
 
 # Poses for the sweeps, degrees: pitch of the root (positive is forward), abdomen_y, left and right leg (hip_x, hip_z,
 # hip_y, knee), left and right arm (shoulder1, shoulder2, elbow; the right one mirrored, as if it were the left).
 STRAIGHT = (0, 0, 0, -2)
 HANGING = (-45, 50, -58)
-POSES = {"standing": (0, 0, STRAIGHT, STRAIGHT, HANGING, HANGING),
-         "squatting": (25, 0, (-8, 0, -100, -130), (-8, 0, -100, -130), (3, -31, -67), (3, -31, -67)),
-         "kneeling": (0, 0, (0, 0, 0, -94), (0, 0, 0, -94), HANGING, HANGING),
-         "lotus": (-8, -75, (0, -60, -60, -143), (0, -60, -60, -143), (-22, 9, -57), (-22, 9, -57)),
-         "arms-raised": (0, 0, STRAIGHT, STRAIGHT, (85, -15, -85), (85, -15, -85)),
-         "splits": (-3, -14, (-25, -60, -65, -9), (-25, -60, -65, -9), (51, 46, -66), (51, 46, -66)),
-         "hands-on-hips": (0, 0, STRAIGHT, STRAIGHT, (-48, 78, -5), (-48, 78, -5)),
-         "arms-crossed": (0, 0, STRAIGHT, STRAIGHT, (69, -59, 6), (-59, -8, -33)),
-         "one-leg": (0, 0, STRAIGHT, (0, 0, -75, -100), HANGING, HANGING)}
+POSES = {
+    "standing": (0, 0, *STRAIGHT, *STRAIGHT, *HANGING, *HANGING),
+    "squatting": (25, 0, -8, 0, -100, -130, -8, 0, -100, -130, 3, -31, -67, 3, -31, -67),
+    "kneeling": (0, 0, 0, 0, 0, -94, 0, 0, 0, -94, *HANGING, *HANGING),
+    "lotus": (-8, -75, 0, -60, -60, -143, 0, -60, -60, -143, -22, 9, -57, -22, 9, -57),
+    "arms-raised": (0, 0, *STRAIGHT, *STRAIGHT, 85, -15, -85, 85, -15, -85),
+    "splits": (-3, -14, -25, -60, -65, -9, -25, -60, -65, -9, 51, 46, -66, 51, 46, -66),
+    "hands-on-hips": (0, 0, *STRAIGHT, *STRAIGHT, -48, 78, -5, -48, 78, -5),
+    "arms-crossed": (0, 0, *STRAIGHT, *STRAIGHT, 69, -59, 6, -59, -8, -33),
+    "one-leg": (0, 0, *STRAIGHT, 0, 0, -75, -100, *HANGING, *HANGING),
+}
 
 
-def humanoid_pose(model, data, pitch, abdomen_y, left_leg, right_leg, left_arm, right_arm):
-    """qpos [24] of a Humanoid in a pose of POSES, on the floor."""
-    turn = math.radians(pitch) / 2
-    joints = [0, abdomen_y, 0, *right_leg, *left_leg, -right_arm[0], -right_arm[1], right_arm[2], *left_arm]
-    return to_floor(model, data, [0, 0, 1.4, math.cos(turn), 0, math.sin(turn), 0, *np.deg2rad(joints)])
+def humanoid_pose(model, data, pose):
+    """qpos [24] of a Humanoid in a pose, 16 numbers as in POSES, on the floor."""
+    left_leg, right_leg, left_arm, right_arm = np.split(np.array(pose[2:]), (4, 8, 11))
+    right_arm = right_arm * (-1, -1, 1)
+    joints = np.deg2rad([0, pose[1], 0, *right_leg, *left_leg, *right_arm, *left_arm])
+    half_pitch = math.radians(pose[0]) / 2
+    return to_floor(model, data, [0, 0, 1.4, math.cos(half_pitch), 0, math.sin(half_pitch), 0, *joints])
 
 
 def to_floor(model, data, qpos):
@@ -587,7 +608,8 @@ def meets(criterion, model, qpos):
     """
     model = copy.copy(model)
     model.geom_margin[:] = 0.01  # how near two geoms are when MuJoCo lists their contact; the Humanoid's own is 1 mm
-    data, result = mujoco.MjData(model), np.empty(len(qpos))
+    data = mujoco.MjData(model)
+    result = np.empty(len(qpos))
     for i, state in enumerate(qpos):
         data.qpos[:] = state
         mujoco.mj_forward(model, data)
@@ -595,253 +617,102 @@ def meets(criterion, model, qpos):
     return result
 
 
-# ---------------------------------------------------------------- states and frames
+# ---------------------------------------------------------------- the metrics
+
+
+METRICS = {
+    "epic": "EPIC distance",
+    "pearson": "Pearson",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "average precision",
+    "false_positive_rate": "false positives",
+}
 
 
 @dataclass(eq=False)
-class Source:
-    """Where n frames come from: the states of a rollout or a sweep, or pictures."""
+class Variant:
+    """One reward: a model, alpha, wording and template, with its rewards of all N frames and what they are worth."""
 
-    name: str
-    kind: str  # "rollout", "sweep" or "frames"
-    labels: np.ndarray  # [n], NaN where there is none
-    episodes: np.ndarray  # [n], whole numbers from 0
-    steps: np.ndarray  # [n]
-    qpos: np.ndarray | None = None  # [n, nq]
-    files: list[Path] | None = None  # n images, or one video
-    square: bool = True  # whether all pictures are
-    goal: str | None = None  # of the rollout
-    recorded: np.ndarray | None = None  # [n], the CLIP rewards that training computed
-    position: np.ndarray | None = None  # [n], along the sweep
-    progress: np.ndarray | None = None  # [n], rises towards the goal
-    axis: str = ""
-
-    def chunks(self, render, n=256):
-        """Yields all frames in order, uint8 [up to n, H, W, 3]: few at a time, to keep memory flat."""
-        chunk, count = [], 0
-        for count, frame in enumerate(self.pictures(render, range(len(self.steps))), 1):
-            if chunk and (len(chunk) == n or frame.shape != chunk[0].shape):
-                yield np.stack(chunk)
-                chunk = []
-            chunk.append(frame)
-        if count != len(self.steps):
-            fail(f"--frames: {self.name} ends at frame {count} of {len(self.steps)}")
-        yield np.stack(chunk)
-
-    def pictures(self, render, indices):
-        """Yields the frames of these indices, uint8 [H, W, 3]."""
-        if self.qpos is not None:
-            yield from (render(self.qpos[i]) for i in indices)
-            return
-        try:
-            if self.files[0].suffix.lower() in IMAGES:
-                yield from (np.array(Image.open(self.files[i]).convert("RGB")) for i in indices)
-            else:
-                with imageio.get_reader(self.files[0]) as reader:  # in order it decodes every frame once
-                    if isinstance(indices, range):
-                        yield from itertools.islice(reader.iter_data(), len(indices))
-                    else:
-                        yield from (reader.get_data(int(i)) for i in indices)
-        except Exception as error:
-            fail(f"--frames: {self.name} can't be read ({error})")
+    name: str  # what tells it from the others
+    formula: str  # "alpha 0.5", say, or "binary reward"
+    clip: str
+    parameters: int  # of the whole model
+    goal: str
+    template: str
+    alpha: float | None  # None for the binary reward
+    threshold: float | None  # scores above this are taken for the goal state
+    rewards: np.ndarray  # [N], what is trained on
+    scores: np.ndarray  # [N], what ranks the frames: the reward, or the probability behind a binary one
+    metrics: dict = field(default_factory=dict)  # name -> value, None where it is not defined
+    intervals: dict = field(default_factory=dict)  # name -> 95% interval
+    rank_correlation: dict = field(default_factory=dict)  # sweep -> Spearman's with the progress towards the goal
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+def rewards_of(frames, prompts, alpha, args):
+    """The rewards that are trained on, and the scores that rank the frames, [N] each.
 
-
-def load_rollout(path, env_id, model):
-    """The states of a training script's rollout file; what is after the end of an episode is dropped."""
-    try:
-        with np.load(path) as file:
-            saved = {name: file[name] for name in file}
-    except FileNotFoundError:
-        fail(f"--rollouts: there is no {path}")
-    except Exception as error:
-        fail(f"--rollouts {path}: no rollout of the training scripts ({type(error).__name__}: {error})")
-    if missing := {"env_id", "lengths"} - set(saved):
-        fail(f"--rollouts {path}: no rollout of the training scripts, it lacks {', '.join(sorted(missing))}")
-    if str(saved["env_id"]) != env_id:
-        fail(f"--rollouts {path}: it is of {saved['env_id']}, not of {env_id}: judge one environment at a time")
-    if "qpos" not in saved:
-        fail(f"--rollouts {path}: {env_id} is no MuJoCo environment, so no states were saved to be rendered: give its "
-             "frames or its video with --frames")
-    qpos, lengths = saved["qpos"], saved["lengths"]
-    if qpos.ndim != 3 or qpos.shape[2] != model.nq or lengths.shape != qpos.shape[:1]:
-        fail(f"--rollouts {path}: its states {qpos.shape} are not [episodes, steps, {model.nq}] as {env_id} has them")
-    alive = np.arange(qpos.shape[1]) < lengths[:, None]  # [episodes, T]
-    episodes, steps = np.nonzero(alive)
-    if not len(steps) or not np.isfinite(qpos[alive]).all():
-        fail(f"--rollouts {path}: it holds no states, or some that are not finite")
-    recorded = saved["clip_rewards"][alive] if "clip_rewards" in saved else None
-    goal = str(saved["goal"]) if "goal" in saved else None
-    labels = np.full(len(steps), np.nan)
-    return Source(str(path), "rollout", labels, episodes, steps, qpos[alive], goal=goal, recorded=recorded)
-
-
-def load_frames(path, labels):
-    """The images of a folder, in the order of their names, or the frames of a video; labels are a csv or None."""
-    if not path.exists():
-        fail(f"--frames: there is no {path}")
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
-        if not files:
-            fail(f"--frames {path}: the folder holds no images ({' '.join(IMAGES)})")
-        sizes = set()
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    sizes.add(image.size)
-                    image.verify()
-            except Exception as error:
-                fail(f"--frames: {file} can't be read ({error})")
-        n, index = len(files), {file.name: i for i, file in enumerate(files)}
-    else:
-        try:
-            with imageio.get_reader(path) as reader:
-                n, sizes = reader.count_frames(), {reader.get_meta_data()["size"]}
-        except Exception as error:
-            fail(f"--frames {path}: no video that can be read ({type(error).__name__})")
-        files, index = [path], {}
-    values, episodes = np.full(n, np.nan), np.zeros(n, int)
-    if labels:
-        index = {**{str(i): i for i in range(n)}, **index}
-        try:
-            rows = [row for row in csv.reader(labels.read_text().splitlines()) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            fail(f"--labels {labels}: it can't be read ({error})")
-        names = {}
-        for number, row in enumerate(rows, 1):
-            frame, value, episode = [*map(str.strip, row), "", ""][:3]
-            try:
-                value = float(value)
-            except ValueError:
-                value = math.nan
-                if number == 1 and frame not in index:
-                    continue  # a header
-            at = index.get(frame)
-            if at is None or not math.isfinite(value) or np.isfinite(values[at]):
-                why = (f"no such frame among the {n} of {path}" if at is None else
-                       "that label is no number" if not math.isfinite(value) else "that frame has a label already")
-                fail(f"--labels {labels}, row {number} ({','.join(row)}): {why}")
-            values[at], episodes[at] = value, names.setdefault(episode, len(names))
-        if not np.isfinite(values).any():
-            fail(f"--labels {labels}: it holds no labels")
-    square = all(width == height for width, height in sizes)
-    return Source(str(path), "frames", values, episodes, np.arange(n), files=files, square=square)
-
-
-ROOT = ("root_x", "root_y", "root_z", "root_roll", "root_pitch", "root_yaw")  # of a robot with a free joint
-
-
-def make_sweep(spec, points, env):
-    """States along a line, from what --sweep says: a task's pose, the pole, or a joint between two values."""
-    model, data = env.model, mujoco.MjData(env.model)
-    label, episodes, steps = np.full(points, np.nan), np.zeros(points, int), np.arange(points)
-    if spec in POSES and spec in TASKS:
-        share = np.linspace(0, 1, points)
-        ends = POSES["squatting" if spec == "standing" else "standing"], POSES[spec]
-        lines = [[np.multiply(a, 1 - s) + np.multiply(b, s) for a, b in zip(*ends, strict=True)] for s in share]
-        qpos = np.stack([humanoid_pose(model, data, *line) for line in lines])
-        axis = f"from {'squatting' if spec == 'standing' else 'standing'} (0) to the pose of {spec} (1)"
-        return Source(f"sweep {spec}", "sweep", label, episodes, steps, qpos, position=share, progress=share, axis=axis)
-    joint, *ends = ("hinge", -math.pi / 2, math.pi / 2) if spec == "pole" else spec.split(":")
-    joints = {model.joint(i).name: model.jnt_qposadr[i] for i in range(model.njnt) if model.jnt_type[i] >= 2}
-    if model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:
-        joints |= dict.fromkeys(ROOT, model.jnt_qposadr[0])
-    try:
-        start, end = map(float, ends)
-    except ValueError:
-        fail(f"--sweep {spec}: neither a task ({', '.join(TASKS)}) nor JOINT:FROM:TO, such as hinge:-1:1")
-    if joint not in joints:
-        fail(f"--sweep {spec}: {env.spec.id} has no joint {joint}; it has {', '.join(joints)}")
-    if not math.isfinite(start - end) or start == end:
-        fail(f"--sweep {spec}: an empty sweep, from and to must differ")
-    values, qpos = np.linspace(start, end, points), np.tile(env.init_qpos, (points, 1))
-    if joint in ROOT[3:]:
-        turn = np.zeros(4)
-        for state, value in zip(qpos, values, strict=True):
-            mujoco.mju_axisAngle2Quat(turn, np.eye(3)[ROOT.index(joint) - 3], value)
-            mujoco.mju_mulQuat(state[3:7], turn, state[3:7].copy())
-    else:
-        qpos[:, joints[joint] + (ROOT.index(joint) if joint in ROOT else 0)] = values
-    length = joint in ROOT[:3] or joint not in ROOT and model.joint(joint).type[0] == mujoco.mjtJoint.mjJNT_SLIDE
-    progress = -np.abs(values) if spec == "pole" else np.arange(points)
-    axis = f"{joint}, {'m' if length else 'rad'}"
-    return Source(f"sweep {spec}", "sweep", label, episodes, steps, qpos, position=values, progress=progress, axis=axis)
-
-
-def load_sources(args):
-    """All states and frames with their labels, and the xml of the MuJoCo environment or None."""
-    if not (args.rollouts or args.frames or args.sweep):
-        fail("nothing to judge: give --rollouts, --frames or --sweep")
-    if args.labels and not args.frames:
-        fail("--labels are for --frames, which is missing")
-    sources, env = [], None
-    if args.rollouts or args.sweep:
-        if args.env_id not in gym.registry and ":" not in args.env_id:
-            near = ", ".join(difflib.get_close_matches(args.env_id, gym.registry, 4, 0.3))
-            fail(f"--env-id {args.env_id}: no such Gymnasium environment (near: {near})")
-        try:
-            env = gym.make(args.env_id, disable_env_checker=True).unwrapped
-        except Exception as error:
-            fail(f"--env-id {args.env_id}: {error}")
-        if not isinstance(env, MujocoEnv):
-            what = f"--rollouts {args.rollouts[0]}" if args.rollouts else f"--sweep {args.sweep[0]}"
-            fail(f"{what}: {args.env_id} is no MuJoCo environment, whose states could be rendered: give --frames")
-        names = {env.model.body(i).name for i in range(env.model.nbody)}
-        for task in {args.task, *args.sweep} & set(TASKS):
-            if not names >= ({"cart", "pole"} if task == "pole" else {"lwaist", "left_shin"}):
-                robot = "InvertedPendulum" if task == "pole" else "Humanoid"
-                fail(f"{task} is a task of {robot}, not of {args.env_id}")
-        sources += [load_rollout(path, args.env_id, env.model) for path in args.rollouts]
-        sources += [make_sweep(spec, args.sweep_points, env) for spec in args.sweep]
-        if args.task:
-            for source in sources:
-                source.labels = meets(TASKS[args.task][1], env.model, source.qpos)
-    if args.frames:
-        sources.append(load_frames(args.frames, args.labels))
-    return sources, env and env.fullpath
-
-
-def places(sources):
-    """Yields each source with the slice of its frames among all N."""
-    end = 0
-    for source in sources:
-        yield source, slice(end, end := end + len(source.steps))
-
-
-def scene_of(args):
-    """What SceneRenderer takes."""
-    return dict(distance=args.camera_distance, elevation=args.camera_elevation, azimuth=args.camera_azimuth,
-                lookat=args.camera_lookat, follow=args.camera_follow, restyle=args.restyle)
-
-
-def encode(sources, xml_path, models, args):
-    """Embeds every frame once with each model: a list of [N, D] float32, one a model.
-
-    Rendered once for each input size; the models of one size see the same frames.
+    `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
     """
-    sizes = [(args.render_size,) * 2 if args.render_size else tuple(model.size) for model in models]
-    embeddings = [[] for _ in models]
-    with tqdm(total=sum(len(s.steps) for s in sources) * len(set(sizes)), unit=" frames", dynamic_ncols=True,
-              desc="encode", mininterval=0.5 if sys.stderr.isatty() else 30) as progress:
-        for size in dict.fromkeys(sizes):
-            render = SceneRenderer(xml_path, size, **scene_of(args)) if xml_path else None
-            for source in sources:
-                for frames in source.chunks(render):
-                    for i, model in enumerate(models):
-                        if sizes[i] == size:
-                            embeddings[i].append(model.encode_images(frames).cpu())
-                    progress.update(len(frames))
-            if render:
-                render.close()
-    return [torch.cat(parts) for parts in embeddings]
+    goal_embeddings, baseline, negatives = prompts[:1], prompts[1], prompts[2:]
+    if alpha is None:
+        rewards = binary_reward(frames, goal_embeddings, negatives, args.temperature, args.threshold)
+        scores = goal_probability(frames, goal_embeddings, negatives, args.temperature)
+    else:
+        chunks = [regularized_reward(chunk, goal_embeddings, baseline, alpha) for chunk in frames.split(4096)]
+        rewards = torch.cat(chunks)
+        scores = rewards
+    return rewards[:, 0].numpy(), scores[:, 0].numpy()
 
 
-# ---------------------------------------------------------------- the figures
+def make_variants(models, embeddings, args):
+    """The rewards of all frames by every combination of model, wording, templates and alpha."""
+    templates = {template: (template,) for template in args.template}
+    if len(templates) > 1:  # their mean, and each alone
+        templates = {f"mean of {len(templates)}": args.template, **templates}
+    alphas = args.alpha if args.reward == "regularized" else (None,)
+    variants = []
+    for clip, model, frames in zip(args.clip, models, embeddings, strict=True):
+        parameters = sum(p.numel() for p in model.model.parameters())
+        for goal, template in itertools.product(args.goal, templates):
+            negatives = [prompt for prompt in args.negatives if prompt != goal]
+            prompts = model.encode_text([goal, args.baseline, *negatives], templates[template]).cpu()
+            for alpha in alphas:
+                formula = "binary reward" if alpha is None else f"alpha {alpha:g}"
+                name = f"{clip}, {formula}" if len(args.clip) > 1 else formula
+                if len(args.goal) > 1:
+                    name += f", goal {args.goal.index(goal) + 1}"
+                if len(templates) > 1:
+                    name += f", template {list(templates).index(template) + 1}"
+                threshold = args.threshold if alpha is None else None
+                rewards, scores = rewards_of(frames, prompts, alpha, args)
+                about = (name, formula, clip, parameters, goal, template, alpha)
+                variants.append(Variant(*about, threshold, rewards, scores))
+    return variants
 
 
-def constant(values):
+def gather_frames(sources, threshold):
+    """One table of all N frames: what their sources know, and more columns.
+
+    Those are number and kind of the source, and the row there; group, the episode's number over all sources; counted,
+    whether the metrics are over this frame; goal_state, 1 or 0, or NaN: no label, or a graded one and no threshold.
+    """
+    tables = [
+        source.table.assign(number=i, row=source.table.index, kind=source.kind) for i, source in enumerate(sources)
+    ]
+    frames = pd.concat(tables, ignore_index=True)
+    frames["group"] = frames.groupby(["number", "episode"]).ngroup()
+    labelled = frames["label"].notna()
+    frames["counted"] = labelled & (frames["kind"] != "sweep")
+    if not frames["counted"].any():
+        frames["counted"] = labelled  # a sweep's frames only then
+    frames["goal_state"] = frames["label"]
+    if not frames["label"][frames["counted"]].isin([0, 1]).all():
+        above = frames["label"] > (np.nan if threshold is None else threshold)
+        frames["goal_state"] = above.astype(float).where(labelled & (threshold is not None))
+    return frames
+
+
+def is_constant(values):
     """Whether they differ by no more than float32's rounding: a correlation of them would be that of noise."""
     return np.ptp(values) <= 1e-6 * max(1.0, np.abs(values).max())
 
@@ -853,612 +724,737 @@ def epic_distance(rewards, labels):
     is EPIC's. 0 is the same up to scale and shift, 0.71 unrelated, 1 the opposite; None where rho is not defined, since
     one of the two is constant.
     """
-    if len(rewards) < 2 or constant(rewards) or constant(labels):
+    if len(rewards) < 2 or is_constant(rewards) or is_constant(labels):
         return None
     return math.sqrt(max(0.0, 1.0 - float(pearsonr(rewards, labels).statistic)) / 2)
 
 
-def figures_of(rewards, scores, labels, positive, cut):
-    """The figures of a reward on labelled frames, None where one is not defined.
+def metrics_of(variant, labels, positive, chosen):
+    """The metrics of a variant over the chosen of all N frames, None where one is not defined.
 
-    Args:
-        rewards: what is trained on, [n].
-        scores: what ranks the frames, [n]: the reward, or the probability behind a binary one.
-        labels: [n], graded ones too.
-        positive: goal states, bool [n], or None.
-        cut: scores above this are taken for the goal state.
+    EPIC and Pearson compare rewards and labels, graded ones too. The others judge how the scores rank the goal states,
+    `positive`, bool [N]; among the chosen frames there must be some, but not all.
     """
-    epic = epic_distance(rewards, labels)
-    result = {"pearson": None if epic is None else 1 - 2 * epic**2, "epic": epic}
-    if positive is None or positive.all() or not positive.any():
-        return result | dict.fromkeys(("roc_auc", "average_precision", "false_positive_rate"))
-    (tn, fp), _ = confusion_matrix(positive, scores > cut, labels=[False, True])
-    return result | {"roc_auc": float(roc_auc_score(positive, scores)),
-                     "average_precision": float(average_precision_score(positive, scores)),
-                     "false_positive_rate": float(fp / (tn + fp))}
+    metrics = dict.fromkeys(METRICS)
+    metrics["epic"] = epic_distance(variant.rewards[chosen], labels[chosen])
+    if metrics["epic"] is not None:
+        metrics["pearson"] = 1 - 2 * metrics["epic"] ** 2
+    positive = positive[chosen]
+    if positive.any() and not positive.all():
+        scores = variant.scores[chosen]
+        metrics["roc_auc"] = float(roc_auc_score(positive, scores))
+        metrics["average_precision"] = float(average_precision_score(positive, scores))
+        metrics["false_positive_rate"] = float(np.mean(scores[~positive] > variant.threshold))
+    return metrics
 
 
-FIGURES = {"epic": "EPIC distance", "pearson": "Pearson", "roc_auc": "ROC-AUC",
-           "average_precision": "average precision", "false_positive_rate": "false positives"}
+def best_threshold(scores, positive):
+    """The threshold with the highest F1."""
+    precision, recall, thresholds = precision_recall_curve(positive, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = thresholds[np.argmax(f1[:-1])]  # the frames at it count as goal states: go just below
+    return float(np.nextafter(best, -np.inf, dtype=scores.dtype))
 
 
-@dataclass(eq=False)
-class Variant:
-    """One reward: a model, alpha, wording and template, with its rewards of all N frames and what they are worth."""
+def judge(variant, frames, draws):
+    """Fills in a variant's metrics over the frames that count, and their 95% intervals from so many resamples."""
+    labels = frames["label"].to_numpy()
+    positive = (frames["goal_state"] == 1).to_numpy()
+    counted = np.flatnonzero(frames["counted"])
+    if variant.threshold is None and share_of(frames.loc[counted]) not in (None, 0, 1):
+        variant.threshold = best_threshold(variant.scores[counted], positive[counted])
+    variant.metrics = metrics_of(variant, labels, positive, counted)
+    for name, sweep in frames[frames["kind"] == "sweep"].groupby("source", sort=False):
+        rewards = variant.rewards[sweep.index]
+        rho = None if is_constant(rewards) else float(spearmanr(sweep["progress"], rewards).statistic)
+        variant.rank_correlation[name] = rho
 
-    clip: str
-    parameters: int  # of the whole model
-    alpha: float | None  # None for the binary reward
-    goal: str
-    template: str
-    rewards: np.ndarray
-    scores: np.ndarray
-    cut: float | None = None
-    figures: dict = field(default_factory=dict)
-    intervals: dict = field(default_factory=dict)
-    monotone: dict = field(default_factory=dict)  # sweep -> rank correlation
-    curve: tuple | None = None  # precision [k], recall [k]
-
-
-def goal_states(labels, used, threshold):
-    """Which frames are the goal state, bool [N]; None without labels, or for graded ones without a threshold."""
-    if used.any() and np.isin(labels[used], (0, 1)).all():
-        return labels == 1
-    return None if threshold is None or not used.any() else labels > threshold
-
-
-def make_variants(models, names, embeddings, args):
-    """The rewards of all frames by every combination of model, wording, templates and alpha."""
-    templates = [args.template] if len(args.template) == 1 else [args.template, *((t,) for t in args.template)]
-    variants = []
-    for model, name, frames in zip(models, names, embeddings, strict=True):
-        parameters = sum(p.numel() for p in model.model.parameters())
-        for goal, template in itertools.product(args.goal, templates):
-            negatives = [n for n in args.negatives if n != goal]
-            text = model.encode_text([goal, args.baseline, *negatives], template).cpu()
-            words = template[0] if len(template) == 1 else f"mean of {len(template)}"
-            about = (name, parameters)
-            if args.reward == "binary":
-                prompts = (text[:1], text[2:], args.temperature)
-                rewards = binary_reward(frames, *prompts, args.threshold)[:, 0].numpy()
-                scores = goal_probability(frames, *prompts)[:, 0].numpy()
-                variants.append(Variant(*about, None, goal, words, rewards, scores, args.threshold))
-                continue
-            for alpha in args.alpha:
-                parts = [regularized_reward(part, text[:1], text[1], alpha)[:, 0] for part in frames.split(4096)]
-                rewards = torch.cat(parts).numpy()
-                variants.append(Variant(*about, alpha, goal, words, rewards, rewards))
-    return variants
+    # Whole episodes are resampled, since frames of one are much alike; the same ones for all variants.
+    episodes = [episode.to_numpy() for episode in frames[frames["counted"]].groupby("group").groups.values()]
+    if len(episodes) < 2:
+        return
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in tqdm(range(draws), desc="bootstrap", leave=False, **PROGRESS_BAR):
+        chosen = np.concatenate([episodes[i] for i in rng.integers(len(episodes), size=len(episodes))])
+        samples.append(metrics_of(variant, labels, positive, chosen))
+    for name, drawn in pd.DataFrame(samples, dtype=float).items():
+        if drawn.count() > 0.9 * draws:  # resamples of one class only have no value
+            variant.intervals[name] = np.percentile(drawn.dropna(), (2.5, 97.5)).tolist()
 
 
-def bootstrap(variants, used, labels, positive, episodes, draws):
-    """Fills in 95% intervals: percentiles over resamples of whole episodes, since frames of one are much alike.
-
-    `labels`, `positive` and `episodes` are of the frames `used` [n], indices of the variants' frames.
-    """
-    groups = [np.flatnonzero(episodes == e) for e in np.unique(episodes)]
-    rng, samples = np.random.default_rng(0), [[] for _ in variants]
-    for _ in tqdm(range(draws), desc="bootstrap", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30):
-        index = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        chosen = None if positive is None else positive[index]
-        for variant, sample in zip(variants, samples, strict=True):
-            rewards, scores = variant.rewards[used[index]], variant.scores[used[index]]
-            sample.append(figures_of(rewards, scores, labels[index], chosen, variant.cut))
-    for variant, sample in zip(variants, samples, strict=True):
-        for name in FIGURES:
-            values = [figures[name] for figures in sample if figures[name] is not None]
-            if len(values) > 0.9 * draws:  # resamples of one class only have no figure
-                variant.intervals[name] = [float(v) for v in np.percentile(values, (2.5, 97.5))]
+def share_of(frames):
+    """The share of goal states among these frames, None where labels do not say."""
+    share = frames["goal_state"].mean()
+    return None if np.isnan(share) else float(share)
 
 
-def judge(variants, sources, args):
-    """Fills in the variants' figures. Returns the success rates, the notes, and which frames they are over [N]."""
-    notes, labels = [], np.concatenate([s.labels for s in sources])
-    swept, episodes, used = np.zeros(len(labels), bool), np.zeros(len(labels), int), np.isfinite(labels)
-    for source, here in places(sources):
-        swept[here] = source.kind == "sweep"
-        if not source.square:
-            notes.append(f"Not all frames of {source.name} are square: see --image-resize-mode.")
-        episodes[here] = source.episodes + (episodes.max() + 1 if here.start else 0)
-        for variant in variants if source.kind == "sweep" else ():
-            rewards = variant.rewards[here]
-            rho = None if constant(rewards) else float(spearmanr(source.progress, rewards).statistic)
-            variant.monotone[source.name] = rho
-    if (used & ~swept).any():
-        if swept.any():
-            notes.append("The figures are over rollouts and frames; a sweep's frames only draw its landscape.")
-        used &= ~swept
-        if missing := int((~used & ~swept).sum()):
-            notes.append(f"{missing} frames without a label count in no figure.")
-    success, positive = [], goal_states(labels, used, args.label_threshold)
-    if not used.any():
-        notes.append("No frame has a label, so there are rewards, landscapes and the contact sheet, but no figures: "
-                     "give --task, or --labels for --frames.")
-        return success, notes, used
-    labels, episodes, positive = labels[used], episodes[used], positive if positive is None else positive[used]
-    if graded := not np.isin(labels, (0, 1)).all():
-        notes.append("The labels are graded, and so they enter Pearson and EPIC. " + (
-            "All other figures need a goal state: give --label-threshold." if positive is None
-            else f"In all other figures the goal state is a label above {args.label_threshold:g}."))
-    if positive is not None and (positive.all() or not positive.any()):
-        notes.append(f"{'All' if positive.all() else 'None'} of the {len(labels)} labelled frames are the goal state: "
-                     "there is nothing to tell apart, so figures are missing. Give states of both kinds.")
-    elif constant(labels):
-        notes.append("All labels are the same: nothing correlates with them.")
+def describe_sources(sources, frames, variants):
+    """What is known of each source, a dict each: the success rate of its trajectories, and what training recorded."""
+    described = []
+    for source, (_, part) in zip(sources, frames.groupby("number"), strict=True):
+        episodes = part.groupby("episode")["label"]
+        about = {"source": source.name, "kind": source.kind, "goal": source.goal}
+        about |= {"frames": len(part), "episodes": len(episodes), "goal_share": share_of(part)}
+        trajectories = source.kind == "rollout" or (source.kind == "frames" and len(episodes) > 1)
+        if trajectories and part["label"].isin([0, 1]).all():
+            successes = int((episodes.mean() >= 0.5).sum())
+            interval = binomtest(successes, len(episodes)).proportion_ci(method="wilson")
+            about |= {"success_rate": successes / len(episodes), "low": interval.low, "high": interval.high}
+        same_goal = [variant for variant in variants if variant.goal == source.goal]
+        if "recorded" in source.table and same_goal:
+            off = [float(np.abs(variant.rewards[part.index] - part["recorded"]).max()) for variant in same_goal]
+            about |= {"recorded": same_goal[np.argmin(off)].name, "difference": min(off)}
+        described.append(about)
+    return described
+
+
+def evaluate_reward(args):
+    """Judges the rewards that the flags describe. Returns the folder of the report."""
+    with one_line_errors(args.traceback):
+        # LOAD
+        check_flags(args)
+        sources, xml_path = load_sources(args)
+        about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
+        out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if xml_path:  # a missing EGL is an error now, before the models are loaded
+            render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
+            render(sources[0].qpos[0])
+            render.close()
+        models = load_models(args)
+
+    # ENCODE: each frame once a model
+    embeddings = encode(sources, xml_path, models, args)
+
+    # REWARD: every combination of model, wording, template and alpha reuses the embeddings
+    variants = make_variants(models, embeddings, args)
+
+    # JUDGE
+    frames = gather_frames(sources, args.label_threshold)
     for variant in variants:
-        rewards, scores = variant.rewards[used], variant.scores[used]
-        if positive is not None and positive.any() and not positive.all():
-            precision, recall, cuts = precision_recall_curve(positive, scores)
-            variant.curve = precision, recall
-            if variant.cut is None:  # nothing cuts a regularised reward in training: take the best there is
-                f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-                cut = cuts[np.argmax(f1[:-1])]  # the frames at it count as goal states: go just below
-                variant.cut = float(np.nextafter(cut, -np.inf, dtype=scores.dtype))
-        variant.figures = figures_of(rewards, scores, labels, positive, variant.cut)
-        if constant(rewards):
-            notes.append(f"{label_of(variant, variants)}: the reward is the same on all labelled frames, so that no "
-                         "correlation with it is defined.")
-    if any(v.curve for v in variants):
-        notes.append("False positives: the share of non-goal frames above " + (
-            "the threshold of the highest F1; training with this reward uses none." if args.reward == "regularized"
-            else f"the threshold, p > {args.threshold:g}. The other ranking figures are of the probability p itself."))
-    count = len(np.unique(episodes))
-    if count < 2:
-        notes.append("All labelled frames are of one episode (a sweep is one): there is nothing to resample, so no "
-                     "figure has an interval.")
-    elif args.bootstrap:
-        bootstrap(variants, np.flatnonzero(used), labels, positive, episodes, args.bootstrap)
-        if count < 10:
-            notes.append(f"The intervals come from only {count} episodes: take them as a rough guide.")
-        if any(figure is not None and name not in v.intervals for v in variants for name, figure in v.figures.items()):
-            notes.append("Too many resamples of the episodes held one class only: those figures have no interval.")
+        judge(variant, frames, args.bootstrap)
+    described = describe_sources(sources, frames, variants)
+
+    # REPORT
+    notes = list(notes_on(variants, sources, frames, args))
+    write_files(out_dir, variants, described, frames, notes, args)
+    captions = draw_plots(out_dir, variants, sources, frames, xml_path, args)
+    facts = describe(variants, frames, xml_path, args)
+    tables = list(make_tables(variants, described))
+    write_page(out_dir, args.goal[0], facts, tables, notes, captions)
+    print("\n".join(facts))
+    for heading, table, explanation in tables:
+        print(f"\n{heading}\n{table.to_string(**AS_TEXT)}\n{explanation}")
+    print("\nNotes", *notes, f"\nreport in {out_dir / 'report.html'}", sep="\n")
+    return out_dir
+
+
+# ---------------------------------------------------------------- not the method: finding weights, the look of MuJoCo,
+# reading files, the report, checks, the command line. What is above is all that is computed.
+
+
+@contextlib.contextmanager
+def one_line_errors(traceback):
+    """Words whatever is raised inside as one line on standard error and ends with status 2, or shows its traceback."""
+    logging.disable(logging.ERROR)  # open_clip logs what it raises as well
+    try:
+        yield
+    except Exception as error:
+        if traceback:
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        print(f"{Path(sys.argv[0]).name}: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---- finding weights, and the look of MuJoCo
+
+# Where --clip-pretrained names none: VLM-RM's weights of its four models, and for others the best that open_clip lists.
+DEFAULT_WEIGHTS = {
+    "RN50": "openai",  # VLM-RM
+    "ViT-L-14": "laion2b_s32b_b82k",  # VLM-RM
+    "ViT-H-14": "laion2b_s32b_b79k",  # VLM-RM
+    "ViT-bigG-14": "laion2b_s39b_b160k",  # VLM-RM
+    "ViT-B-32": "laion2b_s34b_b79k",
+    "ViT-B-16": "laion2b_s34b_b88k",
+    "ViT-g-14": "laion2b_s34b_b88k",
+    "ViT-H-14-quickgelu": "dfn5b",
+}
+
+
+def find_clip(clip, pretrained=None, resize_mode=None):
+    """What a CLIP model is made of and how it wants its images, before its weights are downloaded or loaded.
+
+    Takes --clip, --clip-pretrained and --image-resize-mode. Returns `model`, what `open_clip.create_model` takes; its
+    `tokenizer`; and its preprocessing, `config`.
+    """
+    is_dir = Path(clip).is_dir()
+    is_hub = clip.startswith("hf-hub:")
+    try:  # without a network the hub's client would try each file that is not cached for half a minute
+        if not is_dir:
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except OSError as error:
+        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
+    if is_dir or is_hub:
+        if pretrained:
+            raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
+        model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
+        file = Path(clip) / "open_clip_config.json"
+        if is_hub:
+            file = download_pretrained_from_hf(clip.removeprefix("hf-hub:"), file.name)
+        config = json.loads(Path(file).read_text())
+        architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+    else:
+        name = clip.replace("/", "-")
+        architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
+        if not tags:
+            known = "open_clip.list_pretrained() has those with weights, such as ViT-L-14"
+            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
+        tag = pretrained or DEFAULT_WEIGHTS.get(name, tags[0])
+        if tag not in tags and not Path(tag).is_file():
+            raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
+        preprocess = open_clip.get_pretrained_cfg(name, tag)
+        # The weights know the activation that they were trained with; open_clip would only warn of another one.
+        quick_gelu = preprocess.get("quick_gelu", False)
+        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
+    known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
+    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
+    config.resize_mode = resize_mode or config.resize_mode
+    return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
+
+
+def check_prompts(tokenizer, prompts):
+    """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
+    for prompt in prompts:
+        words = prompt.split()
+        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
+            words.pop()
+        if len(words) < len(prompt.split()):
+            raise ValueError(f'the prompt "{prompt}" is too long: the model would see nothing after "{words[-1]}"')
+
+
+def build_scene(xml_path, restyle):
+    """Compiles an environment's XML for rendering, in its own look or in ours: a `mujoco.MjModel` with the same qpos.
+
+    Our look is procedural, and spares what only costs time at a CLIP's resolution: multisampling, shadows, reflections,
+    fine meshes.
+    """
+    spec = mujoco.MjSpec.from_file(str(xml_path))
+    if not restyle:
+        return spec.compile()
+    quality = spec.visual.quality
+    quality.offsamples, quality.shadowsize = 0, 0
+    quality.numslices, quality.numstacks, quality.numquads = 16, 8, 1
+    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.2, 0.2, 0.2), (0.3, 0.3, 0.3)
+    for texture in list(spec.textures):
+        if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:
+            spec.delete(texture)
+    kinds, patterns = mujoco.mjtTexture, mujoco.mjtBuiltin
+    sky = dict(type=kinds.mjTEXTURE_SKYBOX, builtin=patterns.mjBUILTIN_GRADIENT, width=256, height=256)
+    spec.add_texture(name="vlmrm_sky", rgb1=(0.45, 0.55, 0.7), rgb2=(0.15, 0.2, 0.3), **sky)
+    tiles = dict(type=kinds.mjTEXTURE_2D, builtin=patterns.mjBUILTIN_CHECKER, width=256, height=256)
+    spec.add_texture(name="vlmrm_tiles", rgb1=(0.22, 0.25, 0.28), rgb2=(0.42, 0.45, 0.48), **tiles)
+    floor = spec.add_material(name="vlmrm_floor", texuniform=True, texrepeat=(1, 1), reflectance=0.0)
+    floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "vlmrm_tiles"
+    spec.add_material(name="vlmrm_robot", reflectance=0.0, specular=0.3, shininess=0.3)
+
+    def paint(body, depth):
+        for geom in body.geoms:
+            if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
+                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
+                geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
+            elif geom.rgba[3] > 0:  # keep what is invisible invisible
+                shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
+                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
+        for child in body.bodies:
+            paint(child, depth + 1)
+
+    paint(spec.worldbody, 0)
+    if spec.geom("head") and spec.body("torso") and spec.body("pelvis"):
+        # The bare humanoid looks the same from the front and the back: a visor, a chest and a back tell them apart.
+        dark, blue, red = (0.08, 0.08, 0.1, 1), (0.15, 0.35, 0.75, 1), (0.75, 0.2, 0.15, 1)
+        for body, pos, size, rgba in (
+            ("torso", (0.065, 0, 0.2), (0.035, 0.065, 0.025), dark),
+            ("torso", (0.045, 0, 0.0), (0.035, 0.08, 0.05), blue),
+            ("torso", (-0.045, 0, 0.0), (0.035, 0.08, 0.05), red),
+            ("pelvis", (0.04, 0, 0.0), (0.04, 0.07, 0.04), blue),
+            ("pelvis", (-0.08, 0, 0.0), (0.04, 0.07, 0.04), red),
+        ):
+            box = spec.body(body).add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=pos, size=size, rgba=rgba)
+            box.material, box.mass, box.contype, box.conaffinity = "vlmrm_robot", 0, 0, 0
+    return spec.compile()
+
+
+def scene_of(args):
+    """What SceneRenderer takes of the flags."""
+    names = ("distance", "elevation", "azimuth", "lookat", "follow")
+    return {name: getattr(args, f"camera_{name}") for name in names} | {"restyle": args.restyle}
+
+
+# ---- reading files
+
+
+def read_rollout(path):
+    """All that a training script saved in a rollout file, by name: arrays, and env_id and goal as text."""
+    try:
+        with np.load(path) as file:
+            saved = {name: file[name] for name in file}
+        return saved | {"env_id": str(saved["env_id"]), "goal": str(saved["goal"])}
+    except Exception as error:  # numpy's words name neither the flag nor, often, the file
+        raise ValueError(f"--rollouts {path}: no rollout of the training scripts ({error})") from error
+
+
+def read_labels(path, table):
+    """Fills in the labels and episodes of a table of frames from a csv; a header is allowed."""
+    columns = ["frame", "label", "episode"]
+    rows = pd.read_csv(path, names=columns, dtype=str, index_col=False, skipinitialspace=True).fillna("")
+    row_of = {str(i): i for i in range(len(table))}
+    if table["source"].is_unique:  # images, not a video
+        row_of |= {Path(name).name: i for i, name in enumerate(table["source"])}
+    at = rows["frame"].str.strip().map(row_of)
+    values = pd.to_numeric(rows["label"], errors="coerce")
+    if at.isna()[0] and values.isna()[0]:
+        rows, at, values = rows[1:], at[1:], values[1:]
+    if rows.empty:
+        raise ValueError(f"--labels {path}: it holds no labels")
+    for problem, where in (
+        (f"no such frame among the {len(table)}", at.isna()),
+        ("that label is no number", ~np.isfinite(values)),
+        ("that frame has a label already", at.duplicated()),
+    ):
+        for number in rows.index[where]:
+            raise ValueError(f"--labels {path}, row {number + 1} ({','.join(rows.loc[number])}): {problem}")
+    table.loc[at, "label"] = values.to_numpy()
+    table.loc[at, "episode"] = pd.factorize(rows["episode"].str.strip())[0]
+
+
+def load_sources(args):
+    """All states and frames with their labels, and the xml of the MuJoCo environment or None."""
+    sources = []
+    xml_path = None
+    if args.rollouts or args.sweep:
+        env = gym.make(args.env_id, disable_env_checker=True).unwrapped
+        if not isinstance(env, MujocoEnv):
+            raise ValueError(f"{args.env_id} is no MuJoCo environment, whose states could be rendered: give --frames")
+        xml_path = env.fullpath
+        bodies = [env.model.body(i).name for i in range(env.model.nbody)]
+        for task in {args.task, *args.sweep} & set(TASKS):
+            robot, body = ("InvertedPendulum", "cart") if task == "pole" else ("Humanoid", "lwaist")
+            if body not in bodies:
+                raise ValueError(f"{task} is a task of {robot}, not of {args.env_id}")
+        sources += [load_rollout(path, args.env_id, env.model) for path in args.rollouts]
+        sources += [make_sweep(spec, args.sweep_points, env) for spec in args.sweep]
+        for source in sources if args.task else ():
+            source.table["label"] = meets(TASKS[args.task][1], env.model, source.qpos)
+    if args.frames:
+        sources.append(load_frames(args.frames))
+        if args.labels:
+            read_labels(args.labels, sources[-1].table)
+    return sources, xml_path
+
+
+def load_models(args):
+    """The CLIP models, after all of them have been found and the prompts are known to fit."""
+    if not args.goal or not all(goal.strip() for goal in args.goal):
+        raise ValueError("--goal is empty: describe the state to reach, or name a --task")
+    tags = args.clip_pretrained or ["default"] * len(args.clip)
+    tags = [None if tag == "default" else tag for tag in tags]
+    found = [find_clip(clip, tag, args.image_resize_mode) for clip, tag in zip(args.clip, tags, strict=True)]
+    prompts = [*args.goal, *(args.negatives if args.reward == "binary" else [args.baseline])]
+    for source in found:
+        check_prompts(source.tokenizer, [text.replace("{}", prompt) for prompt in prompts for text in args.template])
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
+    return [CLIP(source, device, args.clip_precision, args.clip_batch_size) for source in found]
+
+
+# ---- the report
+
+
+def notes_on(variants, sources, frames, args):
+    """Yields what a reader of the metrics must know beside them."""
+    counted = frames[frames["counted"]]
     for source in sources:
-        several = source.kind == "rollout" or source.episodes.any()  # pictures are one episode unless the csv says more
-        if source.kind != "sweep" and several and not graded and np.isfinite(source.labels).all():
-            shares = np.array([source.labels[source.episodes == e].mean() for e in np.unique(source.episodes)])
-            wins = int((shares >= 0.5).sum())
-            interval = binomtest(wins, len(shares)).proportion_ci(method="wilson")
-            success.append({"source": source.name, "goal": source.goal, "episodes": len(shares), "successes": wins,
-                            "interval": [interval.low, interval.high], "goal_states": float(source.labels.mean())})
-    return success, notes, used
+        if not source.square:
+            yield f"Not all frames of {source.name} are square: see --image-resize-mode."
+    if counted.empty:
+        yield "No frame has a label, so there are no metrics, only rewards and plots: give --task, or --labels."
+        return
+    others = frames["kind"][~frames["counted"]]
+    if (others == "sweep").any():
+        yield "The metrics are over rollouts and frames; a sweep's frames only draw its landscape."
+    if (others != "sweep").any():
+        yield f"{(others != 'sweep').sum()} frames without a label count in no metric."
+    if not counted["label"].isin([0, 1]).all():
+        yield "The labels are graded: EPIC and Pearson take them so, the others the states above --label-threshold."
+    if share_of(counted) in (0, 1):
+        yield f"{counted['goal_state'].sum():.0f} of {len(counted)} labelled frames are the goal: metrics need others too."
+    elif is_constant(counted["label"]):
+        yield "All labels are the same: nothing correlates with them."
+    for variant in variants:
+        if is_constant(variant.rewards[counted.index]):
+            yield f"{variant.name}: the reward is the same on all labelled frames, so nothing correlates with it."
+    defined = {name for variant in variants for name, value in variant.metrics.items() if value is not None}
+    if "false_positive_rate" in defined and args.reward == "binary":
+        yield f"False positives are non-goal frames with p > {args.threshold:g}; the metrics of ranking are those of p."
+    elif "false_positive_rate" in defined:
+        yield "False positives are non-goal frames above the threshold of the highest F1; training uses no threshold."
+    episodes = counted["group"].nunique()
+    if episodes == 1:
+        yield "All labelled frames are of one episode (a sweep is one), so that there are no intervals."
+    elif args.bootstrap and episodes < 10:
+        yield f"The intervals come from only {episodes} episodes: take them as a rough guide."
+    if args.bootstrap and episodes > 1 and any(defined - variant.intervals.keys() for variant in variants):
+        yield "Too many resamples of the episodes held one class only: those metrics have no interval."
 
 
-def compare_with_recorded(variants, sources):
-    """Notes on how near the rewards come to those that training recorded for the same states and goal."""
-    near, other = {}, []
-    for source, here in places(sources):
-        same = [v for v in variants if v.goal == source.goal and source.recorded is not None]
-        off = {v: float(np.abs(v.rewards[here] - source.recorded).max()) for v in same}
-        best = min(off, key=off.get, default=None)
-        if best and off[best] < 1e-3:
-            near.setdefault(label_of(best, variants), []).append(off[best])
-        elif best:
-            other.append(source.name)
-    notes = [f"The rewards that training recorded in {len(values)} rollout(s) are those of {label} here; the largest "
-             f"difference is {max(values):.1g}." for label, values in near.items()]
-    if other:
-        notes.append(f"No reward here is the one that training recorded in {', '.join(other)}: another model, alpha, "
-                     "template, camera or machine made it.")
-    return notes
+def rank_by_epic(variants):
+    """Those that have an EPIC distance, the lowest first."""
+    judged = [variant for variant in variants if variant.metrics["epic"] is not None]
+    return sorted(judged, key=lambda variant: variant.metrics["epic"])
 
 
-# ---------------------------------------------------------------- the report
+def describe(variants, frames, xml_path, args):
+    """What was judged and what is best, in sentences."""
+    counted = frames[frames["counted"]]
+    facts = [f"{len(frames)} frames."]
+    if share_of(counted) is not None:
+        positive = f"{counted['goal_state'].sum():.0f} of {len(counted)} labelled frames"
+        facts.append(f"{positive} are the goal state ({share_of(counted):.1%}).")
+    if args.task and xml_path:
+        facts.append(f"Goal state of {args.task}: {' '.join(TASKS[args.task][1].__doc__.split())}")
+    facts += [f"Goal {i}: {goal}" for i, goal in enumerate(args.goal, 1)]
+    templates = dict.fromkeys(variant.template for variant in variants)
+    facts += [f"Template {i}: {template}" for i, template in enumerate(templates, 1)]
+    if args.reward == "binary":
+        facts.append(f"Negatives: {'; '.join(args.negatives)}")
+    else:
+        facts.append(f"Baseline: {args.baseline}")
+    models = dict.fromkeys(f"{v.clip} ({v.parameters / 1e6:,.1f}M parameters)" for v in variants)
+    facts.append(f"Models: {', '.join(models)}")
+    for best in rank_by_epic(variants)[:1]:
+        facts.append(f"Lowest EPIC distance: {best.metrics['epic']:.3f}, {best.name}.")
+    return facts
 
 
-def label_of(variant, variants):
-    """What tells a variant from the others."""
-    parts = [] if variant.alpha is None else [f"alpha {variant.alpha:g}"]
-    if len({v.clip for v in variants}) > 1:
-        parts.insert(0, variant.clip)
-    for name in ("goal", "template"):
-        values = list(dict.fromkeys(getattr(v, name) for v in variants))
-        if len(values) > 1:
-            parts.append(f"{name} {values.index(getattr(variant, name)) + 1}")
-    return ", ".join(parts) or variant.clip
-
-
-def table_of(variants, share):
-    """Header and rows of the figures, as text; `share` is that of the goal states, or None."""
-    names = [name for name in FIGURES if any(v.figures.get(name) is not None for v in variants)]
-    sweeps = list(dict.fromkeys(name for v in variants for name in v.monotone))
-    header = ["reward", *(FIGURES[name] for name in names), *(f"rank correlation, {name}" for name in sweeps)]
-    if "average_precision" in names:
-        header[1 + names.index("average_precision")] += f" (guessing: {share:.3f})"
+def make_tables(variants, described):
+    """Yields the headings, tables and explanations of the report; columns without any value are left out."""
     rows = []
     for variant in variants:
-        row = [label_of(variant, variants)]
-        for name in names:
-            value, interval = variant.figures[name], variant.intervals.get(name)
-            between = " [{:.3f}, {:.3f}]".format(*interval) if interval else ""
-            row.append("-" if value is None else f"{value:.3f}{between}")
-        rows.append(row + ["constant" if variant.monotone[s] is None else f"{variant.monotone[s]:.3f}" for s in sweeps])
-    return header, rows
+        row = {"reward": variant.name}
+        for name, title in METRICS.items():
+            value = variant.metrics[name]
+            row[title] = None if value is None else f"{value:.3f}"
+            if name in variant.intervals:
+                row[title] += " [{:.3f}, {:.3f}]".format(*variant.intervals[name])
+        for sweep, rho in variant.rank_correlation.items():
+            row[f"rank correlation, {sweep}"] = "constant" if rho is None else f"{rho:.3f}"
+        rows.append(row)
+    for heading, table in (("Metrics", pd.DataFrame(rows)), ("States", pd.DataFrame(described))):
+        table = table.dropna(axis=1, how="all")
+        explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in table)
+        if len(table.columns) > 1:
+            yield heading, table, explanation
 
 
-def as_text(header, rows):
-    """A table for the terminal."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in [header, ["-" * width for width in widths], *rows])
+def write_files(out_dir, variants, described, frames, notes, args):
+    """Writes rewards.csv, a row a frame and a column a reward, and results.json."""
+    about = [vars(variant).copy() for variant in variants]
+    for values in about:
+        del values["rewards"], values["scores"]
+    table = frames.reindex(columns=["source", "episode", "step", "position", "label"])
+    rewards = [pd.Series(variant.rewards, name=variant.name) for variant in variants]
+    pd.concat([table, *rewards], axis=1).to_csv(out_dir / "rewards.csv", index=False, float_format="%.7g")
+    results = {
+        "args": asdict(args),
+        "goal_share": share_of(frames[frames["counted"]]),
+        "labelled_frames": int(frames["counted"].sum()),
+        "sources": described,
+        "notes": notes,
+        "rewards": about,
+    }
+    (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str, allow_nan=False))
 
 
-def panels(n, width=5.2, height=3.4, columns=2):
-    """A figure of n axes, side by side."""
+def draw_plots(out_dir, variants, sources, frames, xml_path, args):
+    """Saves the plots that the states and labels allow, as png files; returns their captions by name.
+
+    Where not every combination can be shown, it is the first wording and templates, for every model and alpha.
+    """
+    shown = [v for v in variants if v.goal == variants[0].goal and v.template == variants[0].template]
+    clips = list(dict.fromkeys(args.clip))
+    plots = []
+    if any(source.kind == "sweep" for source in sources):
+        plots.append(plot_landscapes)
+    if shown[0].metrics["roc_auc"] is not None:
+        plots += [plot_precision_recall, plot_histograms]
+    if len(clips) > 1 and rank_by_epic(shown):
+        plots.append(plot_scale)
+    captions = {}
+    for plot in plots:
+        name = plot.__name__.removeprefix("plot_")
+        plot(shown, sources, frames).savefig(out_dir / f"{name}.png")
+        captions[name] = plot.__doc__
+    for number, clip in enumerate(clips, 1):
+        of_clip = [variant for variant in variants if variant.clip == clip]
+        best = (rank_by_epic(of_clip) or of_clip)[0]
+        name = f"contact_sheet_{number}" if len(clips) > 1 else "contact_sheet"
+        plot_contact_sheet(best, sources, frames, xml_path, args).savefig(out_dir / f"{name}.png")
+        captions[name] = f"{plot_contact_sheet.__doc__} Scored by {best.name}."
+    return captions
+
+
+def make_panels(n, width=5.2, height=3.4, columns=2):
+    """A matplotlib figure, and n axes in it."""
     columns = min(n, columns)
-    rows = -(-n // columns)
+    rows = math.ceil(n / columns)
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for unused in axes[n:]:
-        unused.set_visible(False)
-    return figure, axes
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
 
 
-def color_of(variant, variants):
-    """The color of its alpha, the same in all plots."""
-    alphas = list(dict.fromkeys(v.alpha for v in variants))
-    return colormaps["viridis"](0.9 * alphas.index(variant.alpha) / max(1, len(alphas) - 1))
+def plot_landscapes(shown, sources, frames):
+    """Reward along each sweep, each curve scaled from its lowest to its highest value, which the legend gives.
 
-
-def plot_landscapes(shown, sources):
-    """Reward along each sweep, a panel a model, each curve scaled to 0..1: their heights do not compare."""
-    clips = dict.fromkeys(v.clip for v in shown)
-    shows = [(source, here, clip) for source, here in places(sources) if source.kind == "sweep" for clip in clips]
-    figure, axes = panels(len(shows))
-    for (sweep, here, clip), ax in zip(shows, axes, strict=False):
-        if (sweep.labels == 1).any():
-            ax.fill_between(sweep.position, 0, 1, where=sweep.labels == 1, color="tab:green", alpha=0.18, linewidth=0,
-                            label="goal state")
-        for variant in (v for v in shown if v.clip == clip):
-            rewards = variant.rewards[here].astype(float)
+    An agent climbs such a curve: flat stretches and false peaks are where it may get stuck.
+    """
+    sweeps = [i for i, source in enumerate(sources) if source.kind == "sweep"]
+    clips = dict.fromkeys(variant.clip for variant in shown)
+    figure, axes = make_panels(len(sweeps) * len(clips))
+    for (i, clip), ax in zip(itertools.product(sweeps, clips), axes, strict=False):
+        sweep = frames[frames["number"] == i]
+        position, met = sweep["position"], sweep["label"] == 1
+        if met.any():
+            ax.fill_between(position, 0, 1, met, color="tab:green", alpha=0.18, linewidth=0, label="goal state")
+        for variant in [v for v in shown if v.clip == clip]:
+            rewards = variant.rewards[sweep.index].astype(float)
             low, high = rewards.min(), rewards.max()
-            scaled = np.full(len(rewards), 0.5) if constant(rewards) else (rewards - low) / (high - low)
-            name = "p > threshold" if variant.alpha is None else f"alpha {variant.alpha:g}"
-            ax.plot(sweep.position, scaled, color=color_of(variant, shown), label=f"{name} ({low:.4g} to {high:.4g})")
-        ax.set(xlabel=sweep.axis, ylabel="reward, lowest to highest", title=clip, ylim=(-0.03, 1.03))
+            scaled = np.full(len(rewards), 0.5) if is_constant(rewards) else (rewards - low) / (high - low)
+            ax.plot(position, scaled, label=f"{variant.formula} ({low:.4g} to {high:.4g})")
+        ax.set(xlabel=sources[i].axis, ylabel="reward, lowest to highest", title=clip, ylim=(-0.03, 1.03))
         ax.legend(fontsize=7)
     return figure
 
 
-def plot_precision_recall(shown, prevalence):
-    """Precision against recall as the threshold on the reward varies, a panel a model."""
-    clips = list(dict.fromkeys(v.clip for v in shown))
-    figure, axes = panels(len(clips))
+def plot_precision_recall(shown, sources, frames):
+    """Precision and recall as the threshold on the reward varies."""
+    counted = frames[frames["counted"]]
+    clips = dict.fromkeys(variant.clip for variant in shown)
+    figure, axes = make_panels(len(clips))
     for clip, ax in zip(clips, axes, strict=False):
-        for variant in (v for v in shown if v.clip == clip):
-            name = "p" if variant.alpha is None else f"alpha {variant.alpha:g}"
-            precision, recall = variant.curve
-            ax.plot(recall, precision, drawstyle="steps-post", color=color_of(variant, shown),
-                    label=f"{name}: average precision {variant.figures['average_precision']:.3f}")
-        ax.axhline(prevalence, color="gray", linestyle="--", linewidth=1, label=f"guessing: {prevalence:.3f}")
+        for variant in [v for v in shown if v.clip == clip]:
+            precision, recall, _ = precision_recall_curve(counted["goal_state"], variant.scores[counted.index])
+            label = f"{variant.formula}: average precision {variant.metrics['average_precision']:.3f}"
+            ax.plot(recall, precision, drawstyle="steps-post", label=label)
+        share = share_of(counted)
+        ax.axhline(share, color="gray", linestyle="--", linewidth=1, label=f"guessing: {share:.3f}")
         ax.set(xlabel="recall: share of the goal states found", ylabel="precision", title=clip, ylim=(0, 1.03))
         ax.legend(fontsize=7, loc="lower left")
     return figure
 
 
-def plot_histograms(shown, used, positive):
-    """Standardised reward of goal and non-goal states, a panel a variant: the less they overlap, the better."""
-    figure, axes = panels(len(shown), 3.4, 2.5, 3)
+def plot_histograms(shown, sources, frames):
+    """Reward of goal and of other states, standardised; the less they overlap, the better."""
+    counted = frames[frames["counted"]]
+    figure, axes = make_panels(len(shown), 3.4, 2.5, 3)
     for variant, ax in zip(shown, axes, strict=False):
-        rewards = variant.rewards[used].astype(float)
-        rewards = (rewards - rewards.mean()) / (1 if constant(rewards) else rewards.std())
+        rewards = variant.rewards[counted.index].astype(float)
+        rewards = (rewards - rewards.mean()) / (1 if is_constant(rewards) else rewards.std())
         bins = np.linspace(rewards.min() - 1e-3, rewards.max() + 1e-3, 41)
-        for chosen, name, color in ((~positive, "not the goal", "tab:gray"), (positive, "goal state", "tab:green")):
-            ax.hist(rewards[chosen], bins, density=True, alpha=0.6, color=color, label=f"{name} ({chosen.sum()})")
-        ax.set_title(label_of(variant, shown) if len(shown) > 1 else variant.clip, fontsize=9)
+        for state, name, color in ((0, "not the goal", "tab:gray"), (1, "goal state", "tab:green")):
+            chosen = rewards[counted["goal_state"] == state]
+            ax.hist(chosen, bins, density=True, alpha=0.6, color=color, label=f"{name} ({len(chosen)})")
+        ax.set_title(variant.name, fontsize=9)
         ax.set(xlabel="standardised reward", ylabel="density")
         ax.legend(fontsize=7)
     return figure
 
 
-def plot_scale(shown):
-    """EPIC distance against the size of the model, a line an alpha."""
-    figure, (ax,) = panels(1)
-    for alpha in dict.fromkeys(v.alpha for v in shown):
-        line = [v for v in shown if v.alpha == alpha and v.figures.get("epic") is not None]
-        line.sort(key=lambda v: v.parameters)
-        sizes, color = [v.parameters for v in line], color_of(line[0], shown) if line else None
-        name = "binary reward" if alpha is None else f"alpha {alpha:g}"
-        ax.plot(sizes, [v.figures["epic"] for v in line], "o-", color=color, label=name)
-        if line and all("epic" in v.intervals for v in line):
-            ax.vlines(sizes, *np.transpose([v.intervals["epic"] for v in line]), color=color, alpha=0.5)
+def plot_scale(shown, sources, frames):
+    """EPIC distance against the size of the model."""
+    figure, (ax,) = make_panels(1)
+    for formula in dict.fromkeys(variant.formula for variant in shown):
+        line = rank_by_epic(variant for variant in shown if variant.formula == formula)
+        line.sort(key=lambda variant: variant.parameters)
+        epic = [variant.metrics["epic"] for variant in line]
+        ax.plot([variant.parameters for variant in line], epic, "o-", label=formula)
+        for variant in line:
+            ax.vlines(variant.parameters, *variant.intervals.get("epic", (np.nan, np.nan)), color="gray", alpha=0.5)
     ax.set(xscale="log", xlabel="parameters of the CLIP model", ylabel="EPIC distance (lower is better)")
     ax.legend(fontsize=7)
     return figure
 
 
-def contact_sheet(variant, sources, labels, positive, xml_path, args, columns=8, tile=144):
-    """The best and worst scored frames of a variant, also by label: people see a reward hack sooner than a figure does.
-
-    Frames within 5 steps of one that is shown are left out, since they look the same.
-    """
-    order = np.argsort(variant.rewards, kind="stable")
-    owners = [source for source in sources for _ in source.steps]
-    local = np.concatenate([np.arange(len(source.steps)) for source in sources])
-    rows = [("highest reward", order[::-1])]
-    if positive is not None and positive.any():
-        labelled = np.isfinite(labels)
-        rows.append(("highest reward, not the goal state", [i for i in order[::-1] if labelled[i] and not positive[i]]))
-        rows.append(("lowest reward in the goal state", [i for i in order if positive[i]]))
-    rows.append(("lowest reward", order))
-    render = SceneRenderer(xml_path, (tile, tile), **scene_of(args)) if xml_path else None
-    sheet = Image.new("RGB", (columns * (tile + 6) + 6, len(rows) * (tile + 58) + 6), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (title, candidates) in enumerate(rows):
-        y = 6 + row * (tile + 58)
-        draw.text((6, y), title, fill="black", font_size=14)
-        shown = []
-        for i in candidates:
-            source = owners[i]
-            place = (source, source.episodes[local[i]], source.steps[local[i]])
-            if all(place[:2] != other[:2] or abs(place[2] - other[2]) > 5 for other in shown):
-                picture = Image.fromarray(next(source.pictures(render, [local[i]])))
-                picture = ImageOps.pad(picture, (tile, tile), Image.BICUBIC, "white")
-                x = 6 + len(shown) * (tile + 6)
-                sheet.paste(picture, (x, y + 20))
-                label = f"   label {labels[i]:g}" if np.isfinite(labels[i]) else ""
-                place_text = f"episode {place[1]}, step" if source.kind == "rollout" else f"{source.kind},"
-                draw.text((x, y + 21 + tile), f"{variant.rewards[i]:+.4f}{label}", fill="black", font_size=11)
-                draw.text((x, y + 34 + tile), f"{place_text} {place[2]}", fill=(90, 90, 90), font_size=11)
-                shown.append(place)
-            if len(shown) == columns:
+def plot_contact_sheet(variant, sources, frames, xml_path, args, columns=8):
+    """Best and worst scored frames: look for what scores high and is not meant."""
+    best_first = frames.assign(reward=variant.rewards).sort_values("reward", ascending=False, kind="stable")
+    rows = {"highest reward": best_first}
+    if (frames["goal_state"] == 1).any():
+        rows["highest reward, not the goal state"] = best_first[best_first["goal_state"] == 0]
+        rows["lowest reward in the goal state"] = best_first[best_first["goal_state"] == 1][::-1]
+    rows["lowest reward"] = best_first[::-1]
+    render = SceneRenderer(xml_path, (144, 144), **scene_of(args)) if xml_path else None
+    figure = Figure(figsize=(11, 1.9 * len(rows)), dpi=110, layout="constrained")
+    for part, (title, candidates) in zip(figure.subfigures(len(rows)), rows.items(), strict=True):
+        part.suptitle(title, x=0.005, horizontalalignment="left", fontsize=10)
+        chosen = []
+        for frame in candidates.itertuples():  # those within 5 steps of one that is shown look the same
+            if all(frame.group != other.group or abs(frame.step - other.step) > 5 for other in chosen):
+                chosen.append(frame)
+            if len(chosen) == columns:
                 break
+        for ax, frame in itertools.zip_longest(part.subplots(1, columns), chosen):
+            ax.axis("off")
+            if frame:
+                ax.imshow(sources[frame.number].frame(render, frame.row))
+                label = "" if np.isnan(frame.label) else f"   label {frame.label:g}"
+                place = f"{frame.kind} {frame.episode}, step {frame.step}"
+                ax.set_title(f"{frame.reward:+.4f}{label}\n{place}", fontsize=7)
     if render:
         render.close()
-    return sheet
+    return figure
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
-h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .6rem 0 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
-td:first-child { min-width: 4.5rem } thead { display: table-header-group } .wide { overflow-x: auto }
-code { font-size: .85em; overflow-wrap: anywhere }
-figure { margin: 1rem 0 } figure img { max-width: 100%; height: auto } figcaption { color: #555; font-size: .85rem }
-@page { size: A4; margin: 15mm }
-@media print { body { font-size: 10pt; max-width: none; margin: 0; padding: 0 } .wide { overflow: visible }
-  table { font-size: 7.5pt } th, td { padding-right: .35rem } figure, tr { break-inside: avoid }
-  h2, h2 + p { break-after: avoid } figure img { max-height: 220mm } }
+figure { margin: 1rem 0 } img { max-width: 100% } figcaption, .small { color: #555; font-size: .85rem }
+code { overflow-wrap: anywhere } @page { size: A4; margin: 15mm }
+@media print { body { font-size: 10pt; margin: 0; padding: 0 } .wide { overflow: visible } table { font-size: 7.5pt }
+  th, td { padding-right: .35rem } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
-READING = ("EPIC distance: 0 is the label itself up to scale and shift, 0.71 is unrelated to it, 1 its opposite. "
-           "ROC-AUC: the chance that a goal state scores above another state, 0.5 is guessing. Average precision: "
-           "guessing scores the share of goal states. All of them depend on which states were judged, and on that "
-           "share. Brackets are 95% intervals from a bootstrap over episodes.")
-SUCCESS = ("A trajectory succeeds when it is in the goal state for at least half of its steps (VLM-RM). Brackets are "
-           "95% Wilson intervals.")
-CAPTIONS = {
-    "landscapes": "Reward along each sweep, each curve scaled from its lowest to its highest value, which the legend "
-                  "gives. An agent climbs such a curve: flat stretches and false peaks are where it may get stuck.",
-    "precision_recall": "Precision and recall as the threshold on the reward varies.",
-    "histograms": "Reward of goal and of other states, standardised; the less they overlap, the better.",
-    "scale": "EPIC distance against the size of the model.",
+AS_TEXT = dict(index=False, na_rep="-", float_format="{:.3f}".format)
+EXPLANATIONS = {  # of columns
+    "EPIC distance": "EPIC distance: 0 is the label itself up to scale and shift, 0.71 is unrelated, 1 its opposite.",
+    "ROC-AUC": "ROC-AUC: the chance that a goal state scores above another state; guessing has 0.5.",
+    "average precision": "Average precision: guessing has the share of goal states. All metrics depend on which states "
+    "were judged, and on that share. Brackets are 95% intervals from a bootstrap over episodes.",
+    "success_rate": "A trajectory succeeds if it is in the goal state for half of its steps (VLM-RM); low and high are "
+    "the 95% Wilson interval.",
+    "recorded": "Recorded is the reward here that is nearest to the one that training recorded: if they differ by more "
+    "than 0.001, training had another model, alpha, template, camera or machine.",
 }
 
 
-def html_table(header, rows):
-    def line(tag, cells):
-        texts = (html.escape(str(cell)).replace(" [", "<br>[") for cell in cells)  # an interval on a line of its own
-        return "".join(f"<{tag}>{text.replace(', ', ',&nbsp;') if '[' in text else text}</{tag}>" for text in texts)
-
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<div class='wide'><table><thead><tr>{line('th', header)}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def write_rewards(path, variants, sources):
-    """Writes the csv: one row a frame, one column a reward."""
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["source", "episode", "step", "position", "label", *(label_of(v, variants) for v in variants)])
-        rewards = iter(np.stack([v.rewards for v in variants], axis=1))  # rows of [variants]
-        for s in sources:
-            for i in range(len(s.steps)):
-                name = s.files[i] if s.files and len(s.files) > 1 else s.name
-                position = "" if s.position is None else f"{s.position[i]:.6g}"
-                label = f"{s.labels[i]:g}" if np.isfinite(s.labels[i]) else ""
-                row = (f"{reward:.7g}" for reward in next(rewards))
-                table.writerow([name, s.episodes[i], s.steps[i], position, label, *row])
-
-
-def write_report(out_dir, variants, sources, success, notes, used, xml_path, args):
-    """Writes results.json, rewards.csv, the plots and report.html; returns the text for the terminal."""
-    labels = np.concatenate([s.labels for s in sources])
-    positive = goal_states(labels, used, args.label_threshold)
-    judged = [v for v in variants if v.figures.get("epic") is not None]
-    by_epic = sorted(judged, key=lambda v: v.figures["epic"])
-    verdict = ""
-    if judged:
-        verdict = f"Lowest EPIC distance: {by_epic[0].figures['epic']:.3f}, {label_of(by_epic[0], variants)}."
-    header, rows = table_of(variants, None if positive is None else positive[used].mean())
-
-    # What was judged, in sentences
-    balance = ""
-    if positive is not None:
-        share = positive[used].mean()
-        balance = f"; {positive[used].sum()} of {used.sum()} labelled ones are the goal state ({share:.1%})"
-    models = {v.clip: f"{v.clip} ({v.parameters / 1e6:,.1f}M parameters)" for v in variants}
-    templates = list(dict.fromkeys(v.template for v in variants))
-    facts = [f"{len(labels)} frames{balance}."]
-    if args.task and xml_path:
-        facts.append(f"Goal state of {args.task}: {' '.join(TASKS[args.task][1].__doc__.split())}")
-    facts += [f"Goal{f' {i}' if len(args.goal) > 1 else ''}: {goal}" for i, goal in enumerate(args.goal, 1)]
-    facts += [f"Template {i}: {template}" for i, template in enumerate(templates, 1) if templates != ["{}"]]
-    others = ("Baseline", [args.baseline]) if args.reward == "regularized" else ("Negatives", args.negatives)
-    facts.append(f"{others[0]}: {'; '.join(others[1])}")
-    facts.append(f"Models: {', '.join(models.values())}")
-    states = []
-    for s, here in places(sources):
-        known = positive is not None and np.isfinite(s.labels).any()
-        share = f"{positive[here][np.isfinite(s.labels)].mean():.1%}" if known else "-"
-        states.append([s.name, s.kind, s.goal or "", len(s.steps), len(np.unique(s.episodes)), share])
-    won_header = ["source", "goal", "episodes", "success rate", "frames in the goal state"]
-    won = [[s["source"], s["goal"] or "", str(s["episodes"]), f"{s['goal_states']:.1%}"] for s in success]
-    for row, s in zip(won, success, strict=True):
-        row.insert(3, "{:.1%} [{:.1%}, {:.1%}]".format(s["successes"] / s["episodes"], *s["interval"]))
-
-    write_rewards(out_dir / "rewards.csv", variants, sources)
-    results = {"args": asdict(args), "labelled_frames": int(used.sum()), "notes": notes, "success": success,
-               "goal_share": None if positive is None else float(positive[used].mean()),
-               "sources": [dict(zip(("name", "kind", "goal", "frames", "episodes"), row[:5], strict=True))
-                           for row in states],
-               "rewards": [{"name": label_of(v, variants), "clip": v.clip, "parameters": v.parameters, "alpha": v.alpha,
-                            "goal": v.goal, "template": v.template, "threshold": v.cut, "figures": v.figures,
-                            "intervals": v.intervals, "rank_correlation": v.monotone} for v in variants]}
-    (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str, allow_nan=False))
-
-    # Plots that could not show every combination show the first wording and templates, for every model and alpha.
-    shown, pictures = [v for v in variants if v.goal == variants[0].goal and v.template == variants[0].template], {}
-    if any(s.kind == "sweep" for s in sources):
-        pictures["landscapes"] = plot_landscapes(shown, sources)
-    if shown[0].curve:
-        pictures["precision_recall"] = plot_precision_recall(shown, positive[used].mean())
-        pictures["histograms"] = plot_histograms(shown, used, positive[used])
-    if len(models) > 1 and judged:
-        pictures["scale"] = plot_scale(shown)
-    captions = {name: CAPTIONS[name] for name in pictures}
-    for name, figure in pictures.items():
-        figure.savefig(out_dir / f"{name}.png")
-    for number, clip in enumerate(models, 1):
-        best = next((v for v in by_epic if v.clip == clip), next(v for v in variants if v.clip == clip))
-        name = f"contact_sheet_{number}" if len(models) > 1 else "contact_sheet"
-        contact_sheet(best, sources, labels, positive, xml_path, args).save(out_dir / f"{name}.png")
-        about = ", ".join(dict.fromkeys((clip, *label_of(best, variants).split(", "))))
-        captions[name] = f"Best and worst scored frames, {about}: look for what scores high and is not meant."
-
-    title, out = f"Is this reward any good? {args.goal[0]}", html.escape
-    figures = [f"<figure><img alt='{name}' src='data:image/png;base64,"
-               f"{base64.b64encode((out_dir / f'{name}.png').read_bytes()).decode()}'>"
-               f"<figcaption>{out(caption)}</figcaption></figure>" for name, caption in captions.items()]
-    page = ["<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
-            f"<title>{out(title)}</title><style>{STYLE}</style><h1>{out(title)}</h1>",
-            *(f"<p>{out(fact)}</p>" for fact in facts)]
-    if len(header) > 1:
-        page += ["<h2>Figures</h2>", f"<p><strong>{out(verdict)}</strong></p>"]
-        page += [html_table(header, rows), f"<p>{READING}</p>"]
-    if success:
-        page += ["<h2>Success rates</h2>", f"<p>{SUCCESS}</p>", html_table(won_header, won)]
-    if notes:
-        page += ["<h2>Notes</h2>", "<ul>", *(f"<li>{out(note)}</li>" for note in notes), "</ul>"]
-    page += ["<h2>Pictures</h2>", *figures, "<h2>States</h2>",
-             html_table(["source", "kind", "goal", "frames", "episodes", "in the goal state"], states),
-             f"<p><code>{out(shlex.join(sys.argv))}</code></p></html>"]
+def write_page(out_dir, goal, facts, tables, notes, captions):
+    """Writes report.html, a page with everything in it, the plots too."""
+    title = html.escape(f"Is this reward any good? {goal}")
+    page = ["<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"]
+    page += [f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    page += [f"<p>{html.escape(fact)}</p>" for fact in facts]
+    for heading, table, explanation in tables:
+        with pd.option_context("display.max_colwidth", None):
+            rows = table.to_html(border=0, **AS_TEXT)
+        rows = re.sub(r" \[(\S+), (\S+)\]", r"<br>[\1,&nbsp;\2]", rows)  # an interval on a line of its own
+        page += [f"<h2>{heading}</h2><div class='wide'>{rows}</div><p class='small'>{explanation}</p>"]
+    page += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul><h2>Plots</h2>"]
+    for name, caption in captions.items():
+        data = base64.b64encode((out_dir / f"{name}.png").read_bytes()).decode()
+        image = f"<img alt='{name}' src='data:image/png;base64,{data}'>"
+        page += [f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"]
+    page += [f"<p><code>{html.escape(shlex.join(sys.argv))}</code></p></html>"]
     (out_dir / "report.html").write_text("\n".join(page), encoding="utf-8")
-    text = [*facts, ""] + ([as_text(header, rows), verdict, ""] if len(header) > 1 else [])
-    text += [as_text(won_header, won), SUCCESS, ""] if success else []
-    return "\n".join(text + [f"note: {note}" for note in notes])
 
 
-# ---------------------------------------------------------------- the command line
+# ---- checks and the command line
 
 
 def check_flags(args):
-    """Ends the program over flags that cannot work, before anything slow starts."""
-    for name in ("clip_batch_size", "sweep_points"):
-        least = 2 if name == "sweep_points" else 1
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    """Raises over flags that would fail late, or silently judge another reward than is meant."""
+    if not (args.rollouts or args.frames or args.sweep):
+        raise ValueError("nothing to judge: give --rollouts, --frames or --sweep")
+    if args.labels and not args.frames:
+        raise ValueError("--labels are for --frames, which is missing")
     if args.task is not None and args.task not in TASKS:
-        fail(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}")
-    for name in ("alpha", "clip", "template"):
-        if not getattr(args, name):
-            fail(f"--{name} is empty: give at least one")
-    for alpha in args.alpha:
-        if not 0.0 <= alpha <= 1.0:
-            fail(f"--alpha must be in [0, 1], not {alpha}")
+        raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}")
+    if not (args.alpha and args.clip and args.template):
+        raise ValueError("--alpha, --clip and --template need at least one value each")
     if args.reward == "regularized" and max(args.alpha) > 0 and args.baseline in (args.goal or ()):
-        fail("--goal equals --baseline, which leaves no direction to regularise along: change one, or use --alpha 0")
+        raise ValueError("--goal equals --baseline: no direction to regularise along; change one, or use --alpha 0")
     for template in args.template:
         if "{}" not in template:
-            fail(f'--template "{template}" has no "{{}}" for the prompt')
+            raise ValueError(f'--template "{template}" has no "{{}}" for the prompt')
     if args.reward == "binary" and not all(set(args.negatives) - {goal} for goal in args.goal or ()):
-        fail("--reward binary needs --negatives for the goal to compete with")
-    if args.temperature <= 0:
-        fail(f"--temperature must be above 0, not {args.temperature}")
+        raise ValueError("--reward binary needs --negatives for the goal to compete with")
     if args.clip_pretrained and len(args.clip_pretrained) != len(args.clip):
-        fail("--clip-pretrained must name one tag for each --clip, in the same order; `default` for the default one")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        fail(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
-    if args.device.startswith("cuda") and int(args.device[5:] or 0) >= torch.cuda.device_count():
-        fail(f"--device {args.device}: PyTorch finds no such CUDA device; use --device cpu")
+        raise ValueError("--clip-pretrained needs a tag for each --clip, in their order; `default` for the default one")
 
 
-def evaluate_reward(args):
-    """Judges the rewards that the flags describe. Returns the folder of the report."""
-    check_flags(args)
-    sources, xml_path = load_sources(args)
-    if not args.goal or not all(goal.strip() for goal in args.goal):
-        fail("--goal is empty: describe the state to reach, or name a --task")
-    tags = args.clip_pretrained or ("default",) * len(args.clip)
-    found = [resolve_clip(clip, None if tag == "default" else tag) for clip, tag in zip(args.clip, tags, strict=True)]
-    prompts = (*args.goal, *(args.negatives if args.reward == "binary" else (args.baseline,)))
-    for clip_name, _, _ in found:
-        check_prompts(clip_name, [t.replace("{}", p) for p in prompts for t in args.template])
-    about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
-    name = f"{about}__{Path(__file__).stem}__{int(time.time())}"
-    out_dir = args.out_dir or Path("runs") / name
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "results.json").write_text("")
-    except OSError as error:
-        fail(f"--out-dir {out_dir} can't be written: {error.strerror}")
-    if xml_path:
-        try:
-            probe = SceneRenderer(xml_path, (64, 64), **scene_of(args))
-            probe(next(s.qpos[0] for s in sources if s.qpos is not None))
-            probe.close()
-        except Exception as error:
-            fail(f"rendering with MUJOCO_GL={os.environ.get('MUJOCO_GL')} fails ({error}); {EGL_ADVICE}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    models = []
-    for clip, (name, tag, _) in zip(args.clip, found, strict=True):
-        try:
-            models.append(CLIP(name, tag, device, args.clip_precision, args.clip_batch_size,
-                            args.image_resize_mode))
-        except Exception as error:
-            fail(f"--clip {clip}: its weights do not load ({error})")
+# Flags that a run's args.json brings along.
+OF_A_RUN = """baseline alpha template reward negatives temperature threshold clip clip_pretrained image_resize_mode
+    render_size restyle camera_distance camera_elevation camera_azimuth camera_lookat camera_follow""".split()
+# The pendulum is seen from the side; --sweep pole and --task pole bring this along.
+OF_THE_POLE = dict(env_id="InvertedPendulum-v5", baseline="pole and cart", camera_azimuth=90.0)
+OF_THE_POLE |= dict(camera_distance=3.0, camera_lookat=(0.0, 0.0, 0.3))
 
-    embeddings = encode(sources, xml_path, models, args)  # ENCODE: each frame once a model
-    variants = make_variants(models, args.clip, embeddings, args)  # REWARD: all that reuses the embeddings
-    success, notes, used = judge(variants, sources, args)  # JUDGE
-    notes += compare_with_recorded(variants, sources)
-    print(write_report(out_dir, variants, sources, success, notes, used, xml_path, args))  # REPORT
-    return out_dir
+
+def flags_of_run(rollout):
+    """The flags of the training run that a rollout is of, as far as they make its reward and its frames."""
+    flags = {"env_id": read_rollout(rollout)["env_id"]}
+    path = rollout.parent.parent / "args.json"
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    for name in OF_A_RUN:
+        value = saved.get(name)
+        if value is None or value == "env":  # a run on the environment's reward has no CLIP reward
+            continue
+        if name in ("alpha", "clip", "clip_pretrained"):  # one there, several here
+            value = [value]
+        flags[name] = tuple(value) if isinstance(value, list) else value
+    flags["negatives"] = (*flags.get("negatives", ()), *saved.get("goal", ()))  # its goals compete with each other
+    return flags
 
 
 def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
-    args, preset, goals = tyro.cli(Args), {}, []
+    args = tyro.cli(Args)
+    goals = []
+    defaults = OF_THE_POLE if "pole" in (args.task, *args.sweep) else {}
     if args.rollouts:
-        saved = {}
-        try:
-            preset["env_id"] = str(np.load(args.rollouts[0])["env_id"])
-            goals = list(dict.fromkeys(str(np.load(path)["goal"]) for path in args.rollouts))
-            saved = json.loads((args.rollouts[0].parent.parent / "args.json").read_text())
-        except Exception:  # a file that can't be read is an error later; without its run a rollout has default flags
-            pass
-        for name in OF_A_RUN:
-            value = saved.get(name)
-            if value is not None and not (name == "reward" and value == "env"):
-                single = name in ("alpha", "clip", "clip_pretrained")
-                preset[name] = (value,) if single else tuple(value) if isinstance(value, list) else value
-        trained = saved.get("goal", [])
-        preset["negatives"] = (*preset.get("negatives", ()), *([trained] if isinstance(trained, str) else trained))
+        with one_line_errors(args.traceback):
+            goals = list(dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts))
+            defaults = flags_of_run(args.rollouts[0])
         if args.clip != Args.clip:
-            preset.pop("clip_pretrained", None)  # of the run's own model
-    elif "pole" in (args.task, *args.sweep):
-        preset = OF_THE_POLE
-    args = tyro.cli(Args, default=replace(args, **preset))
+            defaults.pop("clip_pretrained", None)  # of the run's own model
+    args = tyro.cli(Args, default=replace(args, **defaults))
     if args.task is None:  # the sweep's, or the one whose prompt is the goal
-        named = [name for name in args.sweep if name in TASKS]
-        named += [name for name, (prompt, _) in TASKS.items() if prompt in (args.goal or goals)]
-        args = replace(args, task=named[0] if len(set(named)) == 1 else None)
+        named = {name for name in args.sweep if name in TASKS}
+        named |= {name for name, (prompt, _) in TASKS.items() if prompt in (args.goal or goals)}
+        if len(named) == 1:
+            args.task = named.pop()
     if not args.goal:  # a run of many goals is judged by the one that the labels are of
         prompt = TASKS[args.task][0] if args.task in TASKS else None
-        args = replace(args, goal=(prompt,) if prompt and (not goals or prompt in goals) else tuple(goals))
+        args.goal = (prompt,) if prompt and (not goals or prompt in goals) else tuple(goals)
     return args
+
+
+def bounded(kind, low, high=math.inf, above=False):
+    """The type of a flag: an int or float in [low, high], or in (low, high] if `above`; tyro words what is outside."""
+    text = f"{'>' if above else '>='}{low}" + (f", <={high}" if high < math.inf else "")
+
+    def parse(words):
+        value = kind(words[0])
+        if not (low < value if above else low <= value) or not value <= high:
+            raise ValueError(f"must be {text}")
+        return value
+
+    def is_instance(value):
+        return isinstance(value, (int, kind))
+
+    metavar = f"{kind.__name__.upper()} {text}"
+    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_instance, lambda value: [str(value)])]
+
+
+Count = bounded(int, 1)
+Natural = bounded(int, 0)
+Positive = bounded(float, 0, above=True)
+Share = bounded(float, 0, 1)
 
 
 if __name__ == "__main__":
     try:
-        print(f"report in {evaluate_reward(read_flags()) / 'report.html'}")
+        evaluate_reward(read_flags())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -530,7 +530,7 @@ BAD_INPUT = {
     "resume": (["--resume", str(ROOT / "docs")], "docs/args.json"),
     "play": (["--play", str(ROOT / "docs")], "docs/args.json"),
     "clip directory": (["--clip", str(ROOT / "docs")], "open_clip_config.json"),
-    "environment": (["--clip", TINY_CLIP, "--env-id", "Humanoid-v55"], "Humanoid-v5"),
+    "environment": (["--clip", TINY_CLIP, "--env-id", "Humanoid-v55"], "`v5`"),
     "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "Box"),
     "device": (["--clip", TINY_CLIP, "--device", "cuda"], "NVIDIA"),
 }

@@ -43,7 +43,7 @@ from robots import (
 )
 from safetensors.torch import load_file, save_file
 
-from sac_vlmrm import CLIP, regularized_reward
+from sac_vlmrm import CLIP, find_clip, regularized_reward
 
 BATCH = 128  # pairs of a frame and a caption
 LEARNING_RATE = 2e-3  # the highest: warmed up, then a cosine to zero
@@ -406,7 +406,7 @@ def train(args, second):
 
 
 def load_clip(args):
-    return CLIP(f"local-dir:{args.out}", None, "cpu", batch_size=64)
+    return CLIP(find_clip(str(args.out)), "cpu", batch_size=64)
 
 
 def roc_auc(scores, positive):

@@ -4,8 +4,8 @@
     python tests/tools/success.py runs/a/rollouts/play-*.npz
     python tests/tools/success.py runs/?/rollouts/play-*.npz --gif kneeling.gif --curves kneeling.png
 
-An episode succeeds when at least half of its steps are in the goal state, by the criteria of reward_only_eval.py and two
-of lying below.
+An episode succeeds when at least half of its steps are in the goal state, by the criteria of reward_only_eval.py and
+two of lying below.
 """
 
 import sys
