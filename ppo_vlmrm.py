@@ -69,7 +69,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
-class Args:
+class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined at the end
     # ---- run ----
     preset: Literal["paper"] | None = None
     """settings to start from, in PRESETS below: `paper` is VLM-RM's humanoid; single flags override it"""
@@ -108,7 +108,7 @@ class Args:
     goal: tuple[str, ...] = ("a humanoid robot kneeling",)
     """the task, in words that describe the state to reach; several make the policy language-conditioned (VLM-SR)"""
     eval_goal: tuple[str, ...] = ()
-    """goals, or other words for one, that are never trained on but evaluated; with several goals only"""
+    """goals that are only evaluated, or for a regularized reward other words for a trained one; needs several --goal"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
     alpha: Share = 0.0
@@ -163,7 +163,7 @@ class Args:
 
     # ---- PPO: CleanRL's settings for continuous actions, but for the rollout's length and gamma ----
     num_steps: Count = 400
-    """steps of each environment in a rollout, a multiple of --episode-length, since each rollout starts new episodes"""
+    """steps of each environment in a rollout; each starts new episodes, so make it a multiple of --episode-length"""
     learning_rate: Positive = 3e-4
     """of Adam, for the actor and the critic"""
     anneal_lr: bool = True
@@ -198,6 +198,8 @@ class Args:
 # defaults above learn in 400,000 frames instead.
 PRESETS = {
     "paper": dict(
+        clip="ViT-bigG-14",  # its humanoid's
+        camera_follow=False,  # its camera is fixed
         total_timesteps=10_000_000,  # its table of hyperparameters
         eval_every=128_000,  # its interval between checkpoints, the best of which it judges
         eval_episodes=8,  # ours: it picks by the return in training
@@ -219,9 +221,10 @@ def regularized_reward(frames, goals, baseline, alpha):
     Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
     the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
+    # As g is on L, proj_L(s) - g is the part of s - g along L; so what is squared is alpha along + (1 - alpha) offsets.
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
     offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
-    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, as g is on L: no D x D matrix
+    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, [N, G, D]
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
@@ -306,16 +309,16 @@ class ClipReward:
         args, embeddings = self.args, self.clip.encode_images(frames)
         if args.reward == "regularized":
             rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
-        else:  # the goals compete with each other and the negatives, a held-out one with all of them
-            others = torch.cat([self.goals, self.negatives])
-            trained = binary_reward(embeddings, self.goals, self.negatives, args.temperature, args.threshold)
-            unseen = binary_reward(embeddings, self.held_out, others, args.temperature, args.threshold)
-            rewards = torch.cat([trained, unseen], 1)
+        else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+            others, limits = torch.cat([self.goals, self.negatives]), (args.temperature, args.threshold)
+            rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
+            rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
+            rewards = torch.cat(rewards, 1)
         return rewards[:, list(goal_ids)].cpu().numpy()
 
 
 def goal_inputs(goal_embeddings, n_trained):
-    """What a policy sees of goals [G, D], the first `n_trained` of which it learns: [G, D], or [G, 0] if that is one.
+    """What a policy sees of G trained and E held-out goals [G + E, D]; no columns where only one is trained.
 
     Embeddings of sentences about one robot have most in common: they are centred on the mean of the trained goals and
     scaled to a root mean square of 1, so that the networks can tell them apart.
@@ -329,49 +332,12 @@ def goal_inputs(goal_embeddings, n_trained):
 # ---------------------------------------------------------------- the rendered environments
 
 
-class SceneRenderer:
-    """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
-
-    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can
-    be rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow`
-    moves the look-at's x and y with the robot; not its height, which would hide how high the robot is.
-    """
-
-    opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
-
-    def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
-        self.model = build_scene(xml_path, restyle)
-        self.data = mujoco.MjData(self.model)
-        self.size, self.lookat, self.follow = size, tuple(lookat), follow
-        self.camera = mujoco.MjvCamera()
-        self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
-        self.renderer = None
-
-    def __call__(self, qpos):
-        """The frame of one state, uint8 [H, W, 3]. OpenGL starts at the first one."""
-        if self.renderer is None:
-            SceneRenderer.opened_by = os.getpid()
-            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
-            self.renderer = mujoco.Renderer(self.model, *self.size)
-        self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
-        self.camera.lookat[:] = np.add(self.lookat, offset)
-        self.renderer.update_scene(self.data, self.camera)
-        return self.renderer.render()
-
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
-
-
 class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
-    actions are in [-1, 1]. `resize` makes any frame [H, W, 3], MuJoCo's if `render_size` (height, width) is another.
+    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width).
+    Frames of another size than `frame_size`, (H, W), are brought to it by `resize`.
     """
 
     def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
@@ -380,7 +346,8 @@ class RenderedEnv(gym.Wrapper):
         if isinstance(env.action_space, gym.spaces.Box):
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         super().__init__(gym.wrappers.FlattenObservation(env))
-        self.early_termination, self.resize, self.renderer, self.xml_path = early_termination, resize, None, None
+        self.early_termination, self.resize = early_termination, resize
+        self.renderer, self.xml_path = None, None
         self.rendering = True  # set to False where nobody looks
         self.blank = np.zeros((*frame_size, 3), np.uint8)
         spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32)}
@@ -421,6 +388,28 @@ class RenderedEnv(gym.Wrapper):
 # ---------------------------------------------------------------- the networks and PPO
 
 
+class RunningNorm(nn.Module):
+    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+
+    def update(self, x):
+        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
+        n, total = len(x), self.count + len(x)
+        delta = x.double().mean(0) - self.mean
+        var = x.double().var(0, correction=0)
+        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
+        self.count.copy_(total)
+
+    def forward(self, x):
+        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
+
+
 def mlp(inputs, outputs, scale, hidden=64):
     """Two hidden layers with tanh, orthogonal weights of gain sqrt(2), the last layer's of gain `scale` (CleanRL)."""
     layers = [nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs)]
@@ -433,7 +422,7 @@ def mlp(inputs, outputs, scale, hidden=64):
 class PPO(nn.Module):
     """An actor and a critic, with the statistics they need; continuous or discrete actions.
 
-    `goals` [G, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
+    `goals` [G + E, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
     """
 
     def __init__(self, args, state_dim, action_space, goals=None):
@@ -539,7 +528,7 @@ def gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
 def train(args):
     """PPO on a CLIP reward. Returns the run's folder."""
     with start_run(args) as run:  # its folder, log, rendered environments and CLIP reward
-        envs, device, reward, n_goals = run.envs, run.device, run.reward, len(args.goal)
+        envs, device, clip_reward, n_goals = run.envs, run.device, run.reward, len(args.goal)
         torch.manual_seed(args.seed)
         agent = make_agent(args, run)
         agent.make_optimizers()
@@ -562,7 +551,7 @@ def train(args):
         rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
         env_rewards = np.empty(shape, np.float32)
         terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
-        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if reward else None
+        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if clip_reward else None
         inputs = torch.empty((*shape, run.state_dim + agent.goals.shape[1]), device=device)
         action_dtype = torch.int64 if agent.discrete else torch.float32
         actions = torch.empty((*shape, *run.action_space.shape), dtype=action_dtype, device=device)
@@ -570,7 +559,7 @@ def train(args):
 
         while global_step < args.total_timesteps and not run.stopped_by:
             clock = [time.perf_counter()]
-            # Each phase has random numbers of its own, which follow from the seed and its first frame: nothing to save.
+            # Each phase's random numbers follow from the seed and its first frame alone: there is no state to save.
             first_step = global_step
             *starts, numpy_seed, torch_seed = episode_seeds(args.seed, 0, first_step, n=args.num_envs + 2)
             np_rng = np.random.default_rng(numpy_seed)
@@ -578,8 +567,7 @@ def train(args):
 
             # COLLECT: a rollout in every environment
             normalizer = copy.deepcopy(agent.normalizer)  # as it was before, should the rollout be dropped
-            envs.set_attr("rendering", reward is not None)
-            state = envs.reset(seed=starts)[0]["state"].copy()
+            state = envs.reset(seed=starts)[0]["state"]
             goal_id = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
             for t in range(args.num_steps):
                 if run.stopped_by:
@@ -593,19 +581,18 @@ def train(args):
                     policy = agent.policy(inputs[t])
                     actions[t] = policy.sample()
                     log_probs[t], values[t] = policy.log_prob(actions[t]), agent.value(inputs[t])
+                goal_ids[t] = goal_id
                 observation, env_rewards[t], terminated[t], truncated, _ = envs.step(agent.to_env(actions[t]))
-                # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
-                next_states[t], goal_ids[t] = observation["state"], goal_id
-                state = next_states[t].copy()
-                if reward:
+                next_states[t] = state = observation["state"]  # a view of shared memory: the next step overwrites it
+                if clip_reward:
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 if args.terminate_on_success:
-                    rewards[t] = reward(pixels[t], range(n_goals))
+                    rewards[t] = clip_reward(pixels[t], range(n_goals))
                     terminated[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.num_steps - 1:  # an episode ended: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
-                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t]})[0]["state"]
                     goal_id = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal_id)
             if run.stopped_by:
                 agent.normalizer = normalizer
@@ -615,10 +602,10 @@ def train(args):
             clock.append(time.perf_counter())
 
             # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
-            if not reward:
+            if not clip_reward:
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
-                rewards = reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
+                rewards = clip_reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
             check_finite("a reward", rewards, global_step)
             pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
             clock.append(time.perf_counter())
@@ -629,15 +616,16 @@ def train(args):
             with torch.no_grad():
                 last_steps = ended.copy()
                 last_steps[-1] = True  # the end of the rollout cuts the episodes that go on
-                cut, terminals, scaled = (torch.from_numpy(x).to(device) for x in (last_steps, terminated, pursued))
+                cut = torch.from_numpy(last_steps).to(device)
+                scaled = torch.from_numpy(pursued).to(device)
                 if args.normalize_reward:
                     scaled = agent.scale_rewards(scaled, cut.float())
-                next_values = torch.cat([values[1:], values[:1]])
+                next_values = values.roll(-1, 0)  # those of episodes' last steps are replaced
                 last_states = torch.from_numpy(next_states[last_steps]).to(device)
                 last_goals = torch.from_numpy(goal_ids[last_steps]).to(device)
                 next_values[cut] = agent.value(agent.inputs(last_states, last_goals))
-                episodes = (terminals.float(), cut.float())
-                advantages = gae(scaled, values, next_values, *episodes, args.gamma, args.gae_lambda)
+                ends = torch.from_numpy(terminated).to(device).float(), cut.float()
+                advantages = gae(scaled, values, next_values, *ends, args.gamma, args.gae_lambda)
                 returns = advantages + values
             rollout = {"inputs": inputs, "actions": actions, "log_probs": log_probs, "values": values}
             rollout |= {"advantages": advantages, "returns": returns}
@@ -655,20 +643,19 @@ def train(args):
             clock.append(time.perf_counter())
 
             # EVALUATE: deterministic episodes from fixed starts
-            charts = episode_charts(args, ended, env_rewards, pursued if reward else None, goal_ids)
+            charts = episode_charts(args, ended, env_rewards, pursued if clip_reward else None, goal_ids)
             charts["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            last, better = global_step >= args.total_timesteps, False
+            last = global_step >= args.total_timesteps
             if last or global_step // args.eval_every > first_step // args.eval_every:
                 results, mean_return = evaluate_goals(args, run, agent, global_step)
                 charts |= results
-                better = mean_return > best_return  # VLM-RM judges the one with the highest *training* reward
-                best_return = max(mean_return, best_return)
+                if mean_return > best_return:  # in evaluation; VLM-RM takes the highest return in training
+                    best_return = mean_return
+                    save("best.pt")
             clock.append(time.perf_counter())
             log_phase(run, charts, losses, clock, global_step)
 
             # SAVE
-            if better:
-                save("best.pt")
             if last or global_step // args.checkpoint_every > first_step // args.checkpoint_every:
                 save("checkpoint.pt")
         if run.stopped_by:
@@ -676,8 +663,8 @@ def train(args):
     return run.dir
 
 
-# ---------------------------------------------------------------- not the method: finding weights, worker processes and
-# signals, checkpoints, evaluation and video, checks, the command line. What is above is all there is to the algorithm.
+# ---------------------------------------------------------------- not the method: finding weights, the look of MuJoCo,
+# worker processes and signals, checkpoints, evaluation and video, checks, the command line
 
 
 ACTION_SPACES = (gym.spaces.Box, gym.spaces.Discrete)  # that the algorithm can act in
@@ -745,7 +732,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     is_hub = clip.startswith("hf-hub:")
     try:  # without a network the hub's client would try each file that is not cached for half a minute
         if not is_dir:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
     except OSError as error:
         huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
     if is_dir or is_hub:
@@ -841,6 +828,44 @@ def build_scene(xml_path, restyle):
     return spec.compile()
 
 
+class SceneRenderer:
+    """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
+
+    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can
+    be rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow`
+    moves the look-at's x and y with the robot; not its height, which would hide how high the robot is.
+    """
+
+    opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
+
+    def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
+        self.model = build_scene(xml_path, restyle)
+        self.data = mujoco.MjData(self.model)
+        self.size, self.lookat, self.follow = size, tuple(lookat), follow
+        self.camera = mujoco.MjvCamera()
+        self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
+        self.renderer = None
+
+    def __call__(self, qpos):
+        """The frame of one state, uint8 [H, W, 3]. OpenGL starts at the first one."""
+        if self.renderer is None:
+            SceneRenderer.opened_by = os.getpid()
+            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
+            self.renderer = mujoco.Renderer(self.model, *self.size)
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
+        self.camera.lookat[:] = np.add(self.lookat, offset)
+        self.renderer.update_scene(self.data, self.camera)
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
+
+
 # ---- worker processes and signals
 
 
@@ -890,6 +915,7 @@ def make_envs(args, config):
     try:
         envs.reset_async()
         envs.reset_wait(timeout=120)  # on some drivers several processes hang in their first frame
+        envs.set_attr("rendering", args.reward != "env")
         yield envs
     except multiprocessing.TimeoutError:
         where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} and {args.num_envs} processes"
@@ -908,7 +934,10 @@ def make_envs(args, config):
 
 
 def episode_seeds(*key, n):
-    """Seeds of `n` episodes that depend on `key` alone, so that a run can be repeated from any point of it."""
+    """`n` seeds that depend on `key` alone, so that a run can be repeated from any point of it.
+
+    A key is the run's seed, a number of the purpose (0 training, 1 evaluation, 2 play), and in training frame and step.
+    """
     return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
 
 
@@ -942,7 +971,7 @@ def start_run(args):
     `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and
     `progress`, to log with; and `stopped_by`, the signals received.
     """
-    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0), start_time=time.time())
+    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0))
     with contextlib.ExitStack() as stack:
         with one_line_errors(args.traceback):
             check_args(args)
@@ -952,8 +981,6 @@ def start_run(args):
             if args.play or args.resume:
                 run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
             run.first_step = run.saved["global_step"] if run.saved else 0
-            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
-            (run.dir / "rollouts").mkdir(exist_ok=True)
             config = PreprocessCfg()
             if args.reward != "env":
                 source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
@@ -962,16 +989,18 @@ def start_run(args):
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.
             run.envs = stack.enter_context(make_envs(args, config))
-            run.stopped_by = stack.enter_context(stop_signals())
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            run.device = torch.device(device if args.device == "auto" else args.device)
+            run.stopped_by = [] if args.play else stack.enter_context(stop_signals())
             run.state_dim = run.envs.single_observation_space["state"].shape[0]
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
             run.action_space = run.envs.single_action_space
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            run.device = torch.device(device if args.device == "auto" else args.device)
             if args.reward != "env":
                 warn_of_rewards(args, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
+            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
+            (run.dir / "rollouts").mkdir(exist_ok=True)
             if not args.play:
                 stack.enter_context(open_log(args, run))
         try:
@@ -979,8 +1008,8 @@ def start_run(args):
         except OSError as error:
             if isinstance(error, ConnectionError):
                 raise  # of a worker that died
-            raise RunError(f"cannot write to {run.dir}: {error.strerror}") from None
-    if run.stopped_by and not args.play:
+            raise RunError(f"cannot write to {run.dir}: {error.strerror or error}") from None
+    if run.stopped_by:
         print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
         sys.exit(128 + run.stopped_by[0])
 
@@ -996,11 +1025,12 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    run.start_time = time.time()
     run.writer = SummaryWriter(run.dir, purge_step=run.first_step + 1)  # drops what was logged after the checkpoint
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
     run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
     bar = {"unit": " frames", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
-    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, **bar) as run.progress:
+    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress:
         yield
     run.writer.close()
 
@@ -1050,28 +1080,6 @@ def log_phase(run, charts, losses, clock, global_step):
     text = " ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each_goal])
     run.progress.set_postfix_str(text, refresh=False)
     run.progress.update(global_step - run.progress.n)
-
-
-class RunningNorm(nn.Module):
-    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-
-    def update(self, x):
-        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
-        n, total = len(x), self.count + len(x)
-        delta = x.double().mean(0) - self.mean
-        var = x.double().var(0, correction=0)
-        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
-        self.mean += delta * n / total
-        self.count.copy_(total)
-
-    def forward(self, x):
-        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
 
 
 # ---- evaluation and video
@@ -1125,7 +1133,6 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     and the mean return over the goals that are trained on: the CLIP return, or with `--reward env` the environment's.
     """
     charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
-    run.envs.set_attr("rendering", run.reward is not None)
     seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
     for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
         result = evaluate(args, run, agent, goal_id, seeds)
@@ -1148,7 +1155,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
             path = run.dir / "rollouts" / f"{file}.npz"
             np.savez_compressed(path, env_id=args.env_id, goal=goals[goal_id], **result)
     mean_return = float(np.mean(returns[: len(args.goal)]))
-    if len(goals) > 1:
+    if len(goals) > 1 and goal_ids is None:
         charts["eval/clip_return"] = mean_return
     return charts, mean_return
 
@@ -1214,6 +1221,8 @@ def play(args):
 def check_args(args):
     """Raises ValueError over flags that would go wrong silently, or late."""
     goals = (*args.goal, *args.eval_goal)
+    if args.device != "auto":
+        torch.device(args.device)  # which says what is wrong with it
     if not args.goal or not all(goal.strip() for goal in goals):
         raise ValueError("--goal is empty: describe the state to reach")
     if len({slug(goal) for goal in goals}) < len(goals):

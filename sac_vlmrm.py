@@ -68,7 +68,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
-class Args:
+class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined at the end
     # ---- run ----
     preset: Literal["paper"] | None = None
     """settings to start from, in PRESETS below: `paper` is VLM-RM's humanoid; single flags override it"""
@@ -107,7 +107,7 @@ class Args:
     goal: tuple[str, ...] = ("a humanoid robot kneeling",)
     """the task, in words that describe the state to reach; several make the policy language-conditioned (VLM-SR)"""
     eval_goal: tuple[str, ...] = ()
-    """goals, or other words for one, that are never trained on but evaluated; with several goals only"""
+    """goals that are only evaluated, or for a regularized reward other words for a trained one; needs several --goal"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
     alpha: Share = 0.0
@@ -174,7 +174,7 @@ class Args:
     gamma: Share = 0.98
     """discount factor; 0.98 sees 50 steps ahead, about as long as a kneeling humanoid takes to tip over"""
     n_step: Count = 5
-    """steps of reward before the critics' own estimate; several let a fast simulation's slow mistakes be seen sooner"""
+    """rewards summed before the critics bootstrap, uncorrected for the newer policy; --terminate-on-success needs 1"""
     tau: Share = 0.005
     """share of the critics that moves into their targets at each update"""
     buffer_size: Count = 1_000_000
@@ -192,6 +192,9 @@ class Args:
 # VLM-RM's humanoid as its released code ran it (PRESETS["paper"]); the defaults above learn in 150,000 frames instead.
 PRESETS = {
     "paper": dict(
+        clip="ViT-bigG-14",  # its humanoid's
+        camera_follow=False,  # its camera is fixed
+        normalize_obs=False,  # Stable-Baselines3 sees raw observations
         total_timesteps=10_000_000,  # its table of hyperparameters
         eval_every=128_000,  # its interval between checkpoints, the best of which it judges
         eval_episodes=8,  # ours: it picks by the return in training
@@ -219,9 +222,10 @@ def regularized_reward(frames, goals, baseline, alpha):
     Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
     the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
+    # As g is on L, proj_L(s) - g is the part of s - g along L; so what is squared is alpha along + (1 - alpha) offsets.
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
     offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
-    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, as g is on L: no D x D matrix
+    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, [N, G, D]
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
@@ -306,16 +310,16 @@ class ClipReward:
         args, embeddings = self.args, self.clip.encode_images(frames)
         if args.reward == "regularized":
             rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
-        else:  # the goals compete with each other and the negatives, a held-out one with all of them
-            others = torch.cat([self.goals, self.negatives])
-            trained = binary_reward(embeddings, self.goals, self.negatives, args.temperature, args.threshold)
-            unseen = binary_reward(embeddings, self.held_out, others, args.temperature, args.threshold)
-            rewards = torch.cat([trained, unseen], 1)
+        else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+            others, limits = torch.cat([self.goals, self.negatives]), (args.temperature, args.threshold)
+            rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
+            rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
+            rewards = torch.cat(rewards, 1)
         return rewards[:, list(goal_ids)].cpu().numpy()
 
 
 def goal_inputs(goal_embeddings, n_trained):
-    """What a policy sees of goals [G, D], the first `n_trained` of which it learns: [G, D], or [G, 0] if that is one.
+    """What a policy sees of G trained and E held-out goals [G + E, D]; no columns where only one is trained.
 
     Embeddings of sentences about one robot have most in common: they are centred on the mean of the trained goals and
     scaled to a root mean square of 1, so that the networks can tell them apart.
@@ -329,49 +333,12 @@ def goal_inputs(goal_embeddings, n_trained):
 # ---------------------------------------------------------------- the rendered environments
 
 
-class SceneRenderer:
-    """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
-
-    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can
-    be rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow`
-    moves the look-at's x and y with the robot; not its height, which would hide how high the robot is.
-    """
-
-    opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
-
-    def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
-        self.model = build_scene(xml_path, restyle)
-        self.data = mujoco.MjData(self.model)
-        self.size, self.lookat, self.follow = size, tuple(lookat), follow
-        self.camera = mujoco.MjvCamera()
-        self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
-        self.renderer = None
-
-    def __call__(self, qpos):
-        """The frame of one state, uint8 [H, W, 3]. OpenGL starts at the first one."""
-        if self.renderer is None:
-            SceneRenderer.opened_by = os.getpid()
-            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
-            self.renderer = mujoco.Renderer(self.model, *self.size)
-        self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
-        self.camera.lookat[:] = np.add(self.lookat, offset)
-        self.renderer.update_scene(self.data, self.camera)
-        return self.renderer.render()
-
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
-
-
 class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
-    actions are in [-1, 1]. `resize` makes any frame [H, W, 3], MuJoCo's if `render_size` (height, width) is another.
+    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width).
+    Frames of another size than `frame_size`, (H, W), are brought to it by `resize`.
     """
 
     def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
@@ -380,7 +347,8 @@ class RenderedEnv(gym.Wrapper):
         if isinstance(env.action_space, gym.spaces.Box):
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         super().__init__(gym.wrappers.FlattenObservation(env))
-        self.early_termination, self.resize, self.renderer, self.xml_path = early_termination, resize, None, None
+        self.early_termination, self.resize = early_termination, resize
+        self.renderer, self.xml_path = None, None
         self.rendering = True  # set to False where nobody looks
         self.blank = np.zeros((*frame_size, 3), np.uint8)
         spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32)}
@@ -419,6 +387,28 @@ class RenderedEnv(gym.Wrapper):
 
 
 # ---------------------------------------------------------------- the networks and SAC
+
+
+class RunningNorm(nn.Module):
+    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+
+    def update(self, x):
+        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
+        n, total = len(x), self.count + len(x)
+        delta = x.double().mean(0) - self.mean
+        var = x.double().var(0, correction=0)
+        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
+        self.mean += delta * n / total
+        self.count.copy_(total)
+
+    def forward(self, x):
+        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
 
 
 def mlp(inputs, outputs, hidden=256):
@@ -466,7 +456,7 @@ class Critic(nn.Module):
 class SAC(nn.Module):
     """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905).
 
-    `goals` [G, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
+    `goals` [G + E, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
     """
 
     def __init__(self, args, state_dim, action_dim, goals=None):
@@ -543,9 +533,9 @@ class SAC(nn.Module):
 def n_step_returns(rewards, next_states, terminated, ended, gamma, n):
     """Looks n steps ahead from each step of a phase, or to its episode's end; arrays are [T, N, ...].
 
-    Returns the discounted sums of rewards [T, N, G], the states they lead to [T, N, S], and what the value of those
-    counts [T, N]: gamma to the number of steps, or 0 if the state is terminal. It is not 0 at a time limit: a truncated
-    episode is bootstrapped from its real last state.
+    Returns the discounted sums of rewards [T, N, G], the states they lead to [T, N, S], and the factor on the value of
+    those [T, N]: gamma to the number of steps, or 0 if the state is terminal. It is not 0 at a time limit: a truncated
+    episode is bootstrapped from its real last state. The entropy on the way is left out.
     """
     returns, reached = rewards.copy(), next_states.copy()
     discounts = gamma * (1.0 - terminated)
@@ -570,7 +560,7 @@ class ReplayBuffer:
         self.saved = 0  # how many of `total` are on disk
         self.names = ("states", "actions", "rewards", "next_states", "discounts", "goal_ids")
         self.widths = (state_dim, action_dim, n_goals, state_dim, 1, 1)
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)  # memory is taken as it fills
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)  # a CPU's is taken as it fills
 
     def add(self, **transitions):
         """Stores N <= capacity transitions, each value [N, ...] and the rewards [N, G], over the oldest ones."""
@@ -585,14 +575,15 @@ class ReplayBuffer:
         A share `relabel` of it gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
         """
         index = torch.randint(min(self.total, self.capacity), (batch_size,), device=self.rows.device)
-        batch = dict(zip(self.names, self.rows[index].split(self.widths, 1), strict=True))
-        goal_ids, n_goals = batch["goal_ids"].long(), batch["rewards"].shape[1]
+        states, actions, rewards, next_states, discounts, goal_ids = self.rows[index].split(self.widths, 1)
+        goal_ids, n_goals = goal_ids.long(), rewards.shape[1]
         if relabel and n_goals > 1:
             other = (goal_ids + torch.randint(1, n_goals, goal_ids.shape, device=goal_ids.device)) % n_goals
             swapped = torch.rand(goal_ids.shape, device=goal_ids.device) < relabel
             goal_ids = torch.where(swapped, other, goal_ids)
-        batch |= {"goal_ids": goal_ids, "rewards": batch["rewards"].gather(1, goal_ids)}
-        return batch | {name: batch[name].squeeze(1) for name in ("rewards", "discounts", "goal_ids")}
+        batch = {"states": states, "actions": actions, "next_states": next_states}
+        batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
+        return batch | {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
 
 
 # ---------------------------------------------------------------- training
@@ -601,7 +592,7 @@ class ReplayBuffer:
 def train(args):
     """VLM-RM's algorithm 1 with SAC. Returns the run's folder."""
     with start_run(args) as run:  # its folder, log, rendered environments and CLIP reward
-        envs, device, reward = run.envs, run.device, run.reward
+        envs, device, clip_reward = run.envs, run.device, run.reward
         n_goals, action_dim = len(args.goal), run.action_space.shape[0]
         torch.manual_seed(args.seed)
         agent = make_agent(args, run)
@@ -617,8 +608,8 @@ def train(args):
             best_return = run.saved["best_return"]
 
         def save(name):
-            if name == "checkpoint.pt":
-                save_rows(buffer, run.dir / "replay.bin")  # on disk before what refers to it
+            if name == "checkpoint.pt":  # the rows that it refers to are on disk before it; best.pt is not resumed from
+                save_rows(buffer, run.dir / "replay.bin")
             progress = dict(global_step=global_step, owed_updates=owed_updates, best_return=best_return)
             save_checkpoint(run, name, agent, buffer_total=buffer.total, **progress)
 
@@ -631,19 +622,18 @@ def train(args):
         rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
         env_rewards = np.empty(shape, np.float32)
         terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
-        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if reward else None
+        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if clip_reward else None
 
         while global_step < args.total_timesteps and not run.stopped_by:
             clock = [time.perf_counter()]
-            # Each phase has random numbers of its own, which follow from the seed and its first frame: nothing to save.
+            # Each phase's random numbers follow from the seed and its first frame alone: there is no state to save.
             first_step = global_step
             *starts, numpy_seed, torch_seed = episode_seeds(args.seed, 0, first_step, n=args.num_envs + 2)
             np_rng = np.random.default_rng(numpy_seed)
             torch.manual_seed(torch_seed)
 
             # COLLECT: one episode in every environment, into an unlabelled batch
-            envs.set_attr("rendering", reward is not None)
-            state = envs.reset(seed=starts)[0]["state"].copy()
+            state = envs.reset(seed=starts)[0]["state"]
             goal_id = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
             for t in range(args.episode_length):
                 if run.stopped_by:
@@ -652,19 +642,19 @@ def train(args):
                     actions[t] = np_rng.uniform(-1.0, 1.0, actions[t].shape)
                 else:
                     actions[t] = agent.act(state, goal_id)
+                states[t], goal_ids[t] = state, goal_id
                 observation, env_rewards[t], terminated[t], truncated, _ = envs.step(actions[t])
-                # The observation is a view of shared memory that the next step or reset overwrites: copy what is kept.
-                states[t], next_states[t], goal_ids[t] = state, observation["state"], goal_id
-                state = next_states[t].copy()
-                if reward:
+                next_states[t] = state = observation["state"]  # a view of shared memory: the next step overwrites it
+                if clip_reward:
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 ended[t] = terminated[t] | truncated
                 if args.terminate_on_success:
-                    rewards[t] = reward(pixels[t], range(n_goals))
+                    rewards[t] = clip_reward(pixels[t], range(n_goals))
+                    # Not into `terminated`: for a goal that is swapped in later it may be no success. See SAC.update.
                     ended[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
                 if ended[t].any() and t < args.episode_length - 1:  # an episode ended early: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
-                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t].copy()})[0]["state"].copy()
+                    state = envs.reset(seed=seeds, options={"reset_mask": ended[t]})[0]["state"]
                     goal_id = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal_id)
             if run.stopped_by:
                 break  # the phase is dropped: nothing has learned from it yet
@@ -673,10 +663,10 @@ def train(args):
             clock.append(time.perf_counter())
 
             # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
-            if not reward:
+            if not clip_reward:
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
-                rewards = reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
+                rewards = clip_reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
             check_finite("a reward", rewards, global_step)
             pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
             clock.append(time.perf_counter())
@@ -699,23 +689,23 @@ def train(args):
                 owed_updates -= 1.0
                 losses = agent.update(buffer.sample(args.batch_size, args.relabel))
             losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
-            check_finite(f"a loss ({losses})", list(losses.values()), global_step)
+            check_finite(f"a loss of {losses}", list(losses.values()), global_step)
             clock.append(time.perf_counter())
 
             # EVALUATE: deterministic episodes from fixed starts
-            charts = episode_charts(args, ended, env_rewards, pursued if reward else None, goal_ids)
-            last, better = global_step >= args.total_timesteps, False
+            charts = episode_charts(args, ended, env_rewards, pursued if clip_reward else None, goal_ids)
+            charts["charts/learning_rate"] = agent.optimizers["actor"].param_groups[0]["lr"]
+            last = global_step >= args.total_timesteps
             if last or global_step // args.eval_every > first_step // args.eval_every:
                 results, mean_return = evaluate_goals(args, run, agent, global_step)
                 charts |= results
-                better = mean_return > best_return  # VLM-RM judges the one with the highest *training* reward
-                best_return = max(mean_return, best_return)
+                if mean_return > best_return:  # in evaluation; VLM-RM takes the highest return in training
+                    best_return = mean_return
+                    save("best.pt")
             clock.append(time.perf_counter())
             log_phase(run, charts, losses, clock, global_step)
 
             # SAVE
-            if better:
-                save("best.pt")
             # The next phase may not overwrite rows that are not on disk.
             full = buffer.total - buffer.saved + phase_frames > buffer.capacity
             if last or full or global_step // args.checkpoint_every > first_step // args.checkpoint_every:
@@ -725,8 +715,8 @@ def train(args):
     return run.dir
 
 
-# ---------------------------------------------------------------- not the method: finding weights, worker processes and
-# signals, checkpoints, evaluation and video, checks, the command line. What is above is all there is to the algorithm.
+# ---------------------------------------------------------------- not the method: finding weights, the look of MuJoCo,
+# worker processes and signals, checkpoints, evaluation and video, checks, the command line
 
 
 ACTION_SPACES = (gym.spaces.Box,)  # that the algorithm can act in
@@ -795,7 +785,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     is_hub = clip.startswith("hf-hub:")
     try:  # without a network the hub's client would try each file that is not cached for half a minute
         if not is_dir:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
     except OSError as error:
         huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
     if is_dir or is_hub:
@@ -891,6 +881,44 @@ def build_scene(xml_path, restyle):
     return spec.compile()
 
 
+class SceneRenderer:
+    """Renders MuJoCo states, each given by its qpos alone, to frames of `size` (height, width) in pixels.
+
+    It draws a model of its own, so that the simulation stays Gymnasium's to the bit, and a saved trajectory of qpos can
+    be rendered again at any size and from any camera. Distance and look-at are in meters, angles in degrees. `follow`
+    moves the look-at's x and y with the robot; not its height, which would hide how high the robot is.
+    """
+
+    opened_by = None  # pid of the process that started OpenGL, which must not be forked afterwards: that hangs
+
+    def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
+        self.model = build_scene(xml_path, restyle)
+        self.data = mujoco.MjData(self.model)
+        self.size, self.lookat, self.follow = size, tuple(lookat), follow
+        self.camera = mujoco.MjvCamera()
+        self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
+        self.renderer = None
+
+    def __call__(self, qpos):
+        """The frame of one state, uint8 [H, W, 3]. OpenGL starts at the first one."""
+        if self.renderer is None:
+            SceneRenderer.opened_by = os.getpid()
+            self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
+            self.renderer = mujoco.Renderer(self.model, *self.size)
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
+        self.camera.lookat[:] = np.add(self.lookat, offset)
+        self.renderer.update_scene(self.data, self.camera)
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
+
+
 # ---- worker processes and signals
 
 
@@ -940,6 +968,7 @@ def make_envs(args, config):
     try:
         envs.reset_async()
         envs.reset_wait(timeout=120)  # on some drivers several processes hang in their first frame
+        envs.set_attr("rendering", args.reward != "env")
         yield envs
     except multiprocessing.TimeoutError:
         where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} and {args.num_envs} processes"
@@ -958,7 +987,10 @@ def make_envs(args, config):
 
 
 def episode_seeds(*key, n):
-    """Seeds of `n` episodes that depend on `key` alone, so that a run can be repeated from any point of it."""
+    """`n` seeds that depend on `key` alone, so that a run can be repeated from any point of it.
+
+    A key is the run's seed, a number of the purpose (0 training, 1 evaluation, 2 play), and in training frame and step.
+    """
     return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
 
 
@@ -992,7 +1024,7 @@ def start_run(args):
     `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and
     `progress`, to log with; and `stopped_by`, the signals received.
     """
-    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0), start_time=time.time())
+    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0))
     with contextlib.ExitStack() as stack:
         with one_line_errors(args.traceback):
             check_args(args)
@@ -1002,8 +1034,6 @@ def start_run(args):
             if args.play or args.resume:
                 run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
             run.first_step = run.saved["global_step"] if run.saved else 0
-            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
-            (run.dir / "rollouts").mkdir(exist_ok=True)
             config = PreprocessCfg()
             if args.reward != "env":
                 source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
@@ -1012,16 +1042,18 @@ def start_run(args):
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.
             run.envs = stack.enter_context(make_envs(args, config))
-            run.stopped_by = stack.enter_context(stop_signals())
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            run.device = torch.device(device if args.device == "auto" else args.device)
+            run.stopped_by = [] if args.play else stack.enter_context(stop_signals())
             run.state_dim = run.envs.single_observation_space["state"].shape[0]
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
             run.action_space = run.envs.single_action_space
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            run.device = torch.device(device if args.device == "auto" else args.device)
             if args.reward != "env":
                 warn_of_rewards(args, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
+            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
+            (run.dir / "rollouts").mkdir(exist_ok=True)
             if not args.play:
                 stack.enter_context(open_log(args, run))
         try:
@@ -1029,8 +1061,8 @@ def start_run(args):
         except OSError as error:
             if isinstance(error, ConnectionError):
                 raise  # of a worker that died
-            raise RunError(f"cannot write to {run.dir}: {error.strerror}") from None
-    if run.stopped_by and not args.play:
+            raise RunError(f"cannot write to {run.dir}: {error.strerror or error}") from None
+    if run.stopped_by:
         print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
         sys.exit(128 + run.stopped_by[0])
 
@@ -1046,11 +1078,12 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    run.start_time = time.time()
     run.writer = SummaryWriter(run.dir, purge_step=run.first_step + 1)  # drops what was logged after the checkpoint
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
     run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
     bar = {"unit": " frames", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
-    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, **bar) as run.progress:
+    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress:
         yield
     run.writer.close()
 
@@ -1100,28 +1133,6 @@ def log_phase(run, charts, losses, clock, global_step):
     text = " ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each_goal])
     run.progress.set_postfix_str(text, refresh=False)
     run.progress.update(global_step - run.progress.n)
-
-
-class RunningNorm(nn.Module):
-    """Scales vectors by the mean and standard deviation of all it was updated with, clipped to +-10."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-
-    def update(self, x):
-        """Merges a batch [N, dim] into the statistics (parallel variance, Chan et al. 1979)."""
-        n, total = len(x), self.count + len(x)
-        delta = x.double().mean(0) - self.mean
-        var = x.double().var(0, correction=0)
-        self.var.copy_((self.count * self.var + n * var + delta**2 * self.count * n / total) / total)
-        self.mean += delta * n / total
-        self.count.copy_(total)
-
-    def forward(self, x):
-        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10.0, 10.0)
 
 
 # ---- the replay buffer's file
@@ -1213,7 +1224,6 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     and the mean return over the goals that are trained on: the CLIP return, or with `--reward env` the environment's.
     """
     charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
-    run.envs.set_attr("rendering", run.reward is not None)
     seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
     for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
         result = evaluate(args, run, agent, goal_id, seeds)
@@ -1236,7 +1246,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
             path = run.dir / "rollouts" / f"{file}.npz"
             np.savez_compressed(path, env_id=args.env_id, goal=goals[goal_id], **result)
     mean_return = float(np.mean(returns[: len(args.goal)]))
-    if len(goals) > 1:
+    if len(goals) > 1 and goal_ids is None:
         charts["eval/clip_return"] = mean_return
     return charts, mean_return
 
@@ -1302,6 +1312,8 @@ def play(args):
 def check_args(args):
     """Raises ValueError over flags that would go wrong silently, or late."""
     goals = (*args.goal, *args.eval_goal)
+    if args.device != "auto":
+        torch.device(args.device)  # which says what is wrong with it
     if not args.goal or not all(goal.strip() for goal in goals):
         raise ValueError("--goal is empty: describe the state to reach")
     if len({slug(goal) for goal in goals}) < len(goals):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from conftest import KNEELING, LYING, TINY_CLIP, make_clip, values
+from conftest import KNEELING, LYING, TINY_CLIP, make_clip, run, values
 from conftest import unit as numpy_unit
 
 import ppo_vlmrm
@@ -153,9 +153,10 @@ def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fres
 @BOTH
 def test_every_goal_is_evaluated_also_those_never_trained_on(script, flags, tmp_path):
     held_out = "a robot on its knees"
-    run_dir = script.train(
-        script.Args(**{**flags, "video": True}, goal=(KNEELING, LYING), eval_goal=(held_out,), run_dir=tmp_path / "run")
-    )
+    run_dir = tmp_path / "run"  # in a process of its own, since its videos start OpenGL
+    flags = {**flags, "video": True, "goal": (KNEELING, LYING), "eval_goal": (held_out,), "run_dir": run_dir}
+    result = run(script.__name__, **flags)
+    assert result.returncode == 0, result.stderr
     logged, names = values(run_dir), [script.slug(goal) for goal in (KNEELING, LYING, held_out)]
     returns = [logged[f"eval/clip_return/{name}"][0] for name in names]
     assert logged["eval/clip_return"][0] == pytest.approx(np.mean(returns[:2]), rel=1e-5)  # of those it trains on
@@ -209,7 +210,7 @@ BAD_INPUT = {
     "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
     "negatives of another reward": (["--negatives", "x"], "--reward binary"),
     "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),
-    "unknown device": (["--device", "gpu", "--reward", "env", "--env-id", "InvertedPendulum-v5"], "device type"),
+    "unknown device": (["--device", "gpu"], "device type"),
     "resumed elsewhere": (["--resume", "a", "--run-dir", "b"], "--run-dir"),
 }
 

@@ -270,7 +270,7 @@ def test_a_broken_checkpoint_or_buffer_is_one_line_and_status_2(tmp_path, refere
     checkpoint, rows = (tmp_path / "run" / name for name in ("checkpoint.pt", "replay.bin"))
     flags = dict(resume=tmp_path / "run", total_timesteps=440)
     rows.write_bytes(rows.read_bytes()[:-100])
-    assert "replay.bin is truncated" in one_line(run("sac_vlmrm", **flags)).split(": error: ")[1]
+    assert "replay.bin is truncated" in one_line(run("sac_vlmrm", **flags))
     checkpoint.write_bytes(b"hello")
     assert "checkpoint.pt is truncated" in one_line(run("sac_vlmrm", **flags))
 
