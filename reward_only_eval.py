@@ -121,7 +121,7 @@ class Args:
     clip: tuple[str, ...] = ("ViT-L-14",)
     """open_clip architectures, `hf-hub:ORG/NAME`, or directories that hold an open_clip_config.json and weights"""
     clip_pretrained: tuple[str, ...] = ()
-    """tag of each architecture's weights, `default` for the paper's or one trained on LAION-2B (default: all those)"""
+    """tag of each --clip's weights, or their file, in the same order; `default` is as where this flag is left out"""
     clip_batch_size: Count = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -157,9 +157,10 @@ def regularized_reward(frames, goals, baseline, alpha):
     Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
     the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
+    # As g is on L, proj_L(s) - g is the part of s - g along L; so what is squared is alpha along + (1 - alpha) offsets.
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
     offsets = frames[:, None, :] - goals  # s - g, [N, G, D]
-    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, as g is on L: no D x D matrix
+    along = (offsets * directions).sum(-1, keepdim=True) * directions  # proj_L(s) - g, [N, G, D]
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
@@ -299,7 +300,7 @@ class Source:
             return np.array(Image.open(self.files[row]).convert("RGB"))
         if self.video is None:
             self.video = imageio.get_reader(self.files[0])
-        return self.video.get_data(row)  # asked for in order, each frame is decoded once
+        return np.asarray(self.video.get_data(row))  # asked for in order, each frame is decoded once
 
     def chunks(self, render, n=256):
         """Yields all frames in order, uint8 [up to n, H, W, 3]: few at a time, to keep memory flat."""
@@ -316,19 +317,22 @@ PROGRESS_BAR = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() e
 
 def load_frames(path):
     """The images of a folder, in the order of their names, or the frames of a video."""
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
-        names = [str(file) for file in files]
-        sizes = set()
-        for file in files:
-            with Image.open(file) as image:
-                sizes.add(image.size)
-                image.verify()
-    else:
-        files = [path]
-        with imageio.get_reader(path) as reader:
-            names = [str(path) for _ in reader]
-            sizes = {reader.get_meta_data()["size"]}
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+            names = [str(file) for file in files]
+            sizes = set()
+            for file in files:
+                with Image.open(file) as image:
+                    sizes.add(image.size)
+                    image.verify()
+        else:
+            files = [path]
+            with imageio.get_reader(path) as reader:
+                names = [str(path) for _ in reader]
+                sizes = {reader.get_meta_data()["size"]}
+    except Exception as error:  # imageio's words are about formats that nobody meant
+        raise ValueError(f"--frames {path}: neither images nor a video that can be read ({error})") from error
     if not names:
         raise ValueError(f"--frames {path}: it holds no images ({' '.join(IMAGES)})")
     table = pd.DataFrame({"source": names, "episode": 0, "step": range(len(names)), "label": np.nan})
@@ -437,8 +441,10 @@ class Body:
         def seen_from(body, points):  # in its own axes: ahead, left, up
             return (points - body.xpos) @ body.xmat.reshape(3, 3)
 
-        torso, pelvis = data.body("torso"), data.body("pelvis")
-        thighs, shins = pair("body", "thigh"), pair("body", "shin")
+        torso = data.body("torso")
+        pelvis = data.body("pelvis")
+        thighs = pair("body", "thigh")
+        shins = pair("body", "shin")
         floor = model.geom("floor").id
         feet = {model.geom("left_foot").id, model.geom("right_foot").id}
         contacts = data.contact.geom[data.contact.dist < 0.01]  # pairs of geoms, [n, 2]
@@ -653,12 +659,13 @@ def rewards_of(frames, prompts, alpha, args):
 
     `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
     """
-    goal_embeddings, baseline, negatives = prompts[:1], prompts[1], prompts[2:]
+    goal_embeddings = prompts[:1]
+    negatives = prompts[2:]
     if alpha is None:
         rewards = binary_reward(frames, goal_embeddings, negatives, args.temperature, args.threshold)
         scores = goal_probability(frames, goal_embeddings, negatives, args.temperature)
     else:
-        chunks = [regularized_reward(chunk, goal_embeddings, baseline, alpha) for chunk in frames.split(4096)]
+        chunks = [regularized_reward(chunk, goal_embeddings, prompts[1], alpha) for chunk in frames.split(4096)]
         rewards = torch.cat(chunks)
         scores = rewards
     return rewards[:, 0].numpy(), scores[:, 0].numpy()
@@ -685,8 +692,8 @@ def make_variants(models, embeddings, args):
                     name += f", template {list(templates).index(template) + 1}"
                 threshold = args.threshold if alpha is None else None
                 rewards, scores = rewards_of(frames, prompts, alpha, args)
-                about = (name, formula, clip, parameters, goal, template, alpha)
-                variants.append(Variant(*about, threshold, rewards, scores))
+                about = (name, formula, clip, parameters, goal, template, alpha, threshold)
+                variants.append(Variant(*about, rewards, scores))
     return variants
 
 
@@ -818,6 +825,7 @@ def evaluate_reward(args):
         about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
         out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
         out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
         if xml_path:  # a missing EGL is an error now, before the models are loaded
             render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
             render(sources[0].qpos[0])
@@ -895,7 +903,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     is_hub = clip.startswith("hf-hub:")
     try:  # without a network the hub's client would try each file that is not cached for half a minute
         if not is_dir:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3)
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
     except OSError as error:
         huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
     if is_dir or is_hub:
@@ -1014,21 +1022,22 @@ def read_labels(path, table):
     row_of = {str(i): i for i in range(len(table))}
     if table["source"].is_unique:  # images, not a video
         row_of |= {Path(name).name: i for i, name in enumerate(table["source"])}
-    at = rows["frame"].str.strip().map(row_of)
-    values = pd.to_numeric(rows["label"], errors="coerce")
-    if at.isna()[0] and values.isna()[0]:
-        rows, at, values = rows[1:], at[1:], values[1:]
+    rows["row"] = rows["frame"].str.strip().map(row_of)
+    rows["value"] = pd.to_numeric(rows["label"], errors="coerce")
+    if rows.loc[0, ["row", "value"]].isna().all():
+        rows = rows[1:]
     if rows.empty:
         raise ValueError(f"--labels {path}: it holds no labels")
-    for problem, where in (
-        (f"no such frame among the {len(table)}", at.isna()),
-        ("that label is no number", ~np.isfinite(values)),
-        ("that frame has a label already", at.duplicated()),
-    ):
-        for number in rows.index[where]:
-            raise ValueError(f"--labels {path}, row {number + 1} ({','.join(rows.loc[number])}): {problem}")
-    table.loc[at, "label"] = values.to_numpy()
-    table.loc[at, "episode"] = pd.factorize(rows["episode"].str.strip())[0]
+    problems = {
+        f"no such frame among the {len(table)}": rows["row"].isna(),
+        "that label is no number": ~np.isfinite(rows["value"]),
+        "that frame has a label already": rows["row"].duplicated(),
+    }
+    for problem, wrong in problems.items():
+        for i, row in rows[wrong].iterrows():
+            raise ValueError(f"--labels {path}, row {i + 1} ({','.join(row[columns])}): {problem}")
+    table.loc[rows["row"], "label"] = rows["value"].to_numpy()
+    table.loc[rows["row"], "episode"] = pd.factorize(rows["episode"].str.strip())[0]
 
 
 def load_sources(args):
@@ -1091,7 +1100,7 @@ def notes_on(variants, sources, frames, args):
     if not counted["label"].isin([0, 1]).all():
         yield "The labels are graded: EPIC and Pearson take them so, the others the states above --label-threshold."
     if share_of(counted) in (0, 1):
-        yield f"{counted['goal_state'].sum():.0f} of {len(counted)} labelled frames are the goal: metrics need others too."
+        yield f"{counted['goal_state'].sum():.0f} of {len(counted)} labelled frames are the goal: give some of both."
     elif is_constant(counted["label"]):
         yield "All labels are the same: nothing correlates with them."
     for variant in variants:
@@ -1225,12 +1234,14 @@ def plot_landscapes(shown, sources, frames):
     figure, axes = make_panels(len(sweeps) * len(clips))
     for (i, clip), ax in zip(itertools.product(sweeps, clips), axes, strict=False):
         sweep = frames[frames["number"] == i]
-        position, met = sweep["position"], sweep["label"] == 1
+        position = sweep["position"]
+        met = sweep["label"] == 1
         if met.any():
             ax.fill_between(position, 0, 1, met, color="tab:green", alpha=0.18, linewidth=0, label="goal state")
         for variant in [v for v in shown if v.clip == clip]:
             rewards = variant.rewards[sweep.index].astype(float)
-            low, high = rewards.min(), rewards.max()
+            low = rewards.min()
+            high = rewards.max()
             scaled = np.full(len(rewards), 0.5) if is_constant(rewards) else (rewards - low) / (high - low)
             ax.plot(position, scaled, label=f"{variant.formula} ({low:.4g} to {high:.4g})")
         ax.set(xlabel=sources[i].axis, ylabel="reward, lowest to highest", title=clip, ylim=(-0.03, 1.03))
@@ -1310,8 +1321,8 @@ def plot_contact_sheet(variant, sources, frames, xml_path, args, columns=8):
             if frame:
                 ax.imshow(sources[frame.number].frame(render, frame.row))
                 label = "" if np.isnan(frame.label) else f"   label {frame.label:g}"
-                place = f"{frame.kind} {frame.episode}, step {frame.step}"
-                ax.set_title(f"{frame.reward:+.4f}{label}\n{place}", fontsize=7)
+                place = "sweep" if frame.kind == "sweep" else f"episode {frame.episode}"
+                ax.set_title(f"{frame.reward:+.4f}{label}\n{place}, step {frame.step}", fontsize=7)
     if render:
         render.close()
     return figure
@@ -1322,7 +1333,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
 figure { margin: 1rem 0 } img { max-width: 100% } figcaption, .small { color: #555; font-size: .85rem }
-code { overflow-wrap: anywhere } @page { size: A4; margin: 15mm }
+code, td:first-child { overflow-wrap: anywhere; min-width: 9rem } @page { size: A4; margin: 15mm }
 @media print { body { font-size: 10pt; margin: 0; padding: 0 } .wide { overflow: visible } table { font-size: 7.5pt }
   th, td { padding-right: .35rem } figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
@@ -1344,7 +1355,7 @@ def write_page(out_dir, goal, facts, tables, notes, captions):
     title = html.escape(f"Is this reward any good? {goal}")
     page = ["<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"]
     page += [f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
-    page += [f"<p>{html.escape(fact)}</p>" for fact in facts]
+    page += [f"<p>{'<br>'.join(html.escape(fact) for fact in facts)}</p>"]
     for heading, table, explanation in tables:
         with pd.option_context("display.max_colwidth", None):
             rows = table.to_html(border=0, **AS_TEXT)

@@ -1,9 +1,10 @@
-"""Posed humanoids that meet each task's criterion, and some that miss it; degrees, as in POSES of reward_only_eval.py."""
+"""Posed humanoids that meet each task's criterion, and others that miss it; degrees, as in reward_only_eval.py."""
 
 import math
 
 import gymnasium as gym
 import numpy as np
+
 from reward_only_eval import humanoid_pose, mujoco, to_floor
 
 HUMANOID = gym.make("Humanoid-v5").unwrapped

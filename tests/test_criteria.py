@@ -5,9 +5,9 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
-from reward_only_eval import TASKS, make_sweep, meets, mujoco
-
 from poses import HUMANOID, POSED, WRONG_FOR_ALL
+
+from reward_only_eval import TASKS, make_sweep, meets, mujoco
 
 
 @pytest.mark.parametrize("task", POSED)

@@ -401,7 +401,7 @@ BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "missing frames": ("--frames {}/none --goal x", "none"),
     "no images": ("--frames {}/empty --goal x", "no images"),
     "unreadable image": ("--frames {}/broken --goal x", "a.png"),
-    "unreadable video": ("--frames {}/text.npz --goal x", "no video"),
+    "unreadable video": ("--frames {}/text.npz --goal x", "nor a video"),
     "missing labels": ("--frames {}/images --goal x --labels {}/no.csv", "no.csv"),
     "labels without frames": ("--sweep pole --labels {}/x.csv", "--frames"),
     "label of no frame": ("--frames {}/images --goal x --labels {}/other.csv", "99.png"),
@@ -409,23 +409,21 @@ BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "two labels": ("--frames {}/images --goal x --labels {}/twice.csv", "already"),
     "no labels": ("--frames {}/images --goal x --labels {}/header.csv", "holds no labels"),
     "empty sweep": ("--env-id InvertedPendulum-v5 --sweep hinge:1:1 --goal x", "empty sweep"),
-    "sweep of one": ("--sweep kneeling --sweep-points 1", "--sweep-points"),
     "sweep of no joint": ("--env-id InvertedPendulum-v5 --sweep knee:0:1 --goal x", "slider, hinge"),
     "sweep of nothing": ("--sweep knelling", "kneeling"),
     "sweep of another robot": ("--env-id Ant-v5 --sweep kneeling", "Humanoid"),
     "not MuJoCo": ("--env-id CartPole-v1 --sweep x:0:1 --goal x", "no MuJoCo"),
-    "environment": ("--env-id Humanoid-v55 --sweep kneeling", "Humanoid-v5"),
+    "environment": ("--env-id Humanoid-v55 --sweep kneeling", "`v5`"),
     "task": ("--sweep kneeling --task knelling", "one-leg"),
     "no goal": ("--env-id Ant-v5 --sweep root_z:0:1", "--goal"),
-    "alpha": ("--sweep kneeling --alpha 0 1.5", "--alpha"),
     "goal is baseline": ("--sweep kneeling --goal x y --baseline x --alpha 0 0.5", "--baseline"),
     "template": ("--sweep kneeling --template photo", "--template"),
     "no negatives": ("--sweep kneeling --reward binary", "--negatives"),
     "tags": ("--sweep kneeling --clip-pretrained a b", "--clip-pretrained"),
     "clip": ("--sweep kneeling --clip ViT-L-41", "ViT-L-14"),
     "long prompt": (f"--sweep kneeling --goal '{'word ' * 60}'", "too long"),
-    "device": ("--sweep kneeling --device cuda", "--device cpu"),
-    "folder": (f"--sweep kneeling --clip {TINY_CLIP} --out-dir /dev/null/x", "--out-dir"),
+    "device": ("--sweep kneeling --device cuda", "NVIDIA"),
+    "folder": (f"--sweep kneeling --clip {TINY_CLIP} --out-dir /dev/null/x", "'/dev/null/x'"),
 }
 
 
@@ -466,5 +464,18 @@ def test_bad_input_is_one_line_and_status_2(flags, named, bad_files, monkeypatch
     assert end.value.code == 2 and len(lines) == 1 and named in lines[0], lines
 
 
-def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+OUT_OF_RANGE = ("--sweep-points 1", "--alpha 0 1.5", "--temperature 0", "--clip-batch-size 0", "--bootstrap -1")
+
+
+@pytest.mark.parametrize("flags", OUT_OF_RANGE)
+def test_a_value_out_of_its_range_is_named_by_tyro(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reward_only_eval.py", "--sweep", "kneeling", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        reward_only_eval.read_flags()
+    assert end.value.code == 2 and f"Error parsing {flags.split()[0]}" in capsys.readouterr().err
+
+
+def test_a_mistake_on_the_command_line_has_a_traceback_only_if_asked_for(tmp_path):
     assert "none" in one_line(run("reward_only_eval", frames=tmp_path / "none", goal="x"))
+    result = run("reward_only_eval", frames=tmp_path / "none", goal="x", traceback=True)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "none" in result.stderr
