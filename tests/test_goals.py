@@ -1,6 +1,7 @@
 """Several goals and the binary reward, in both training scripts."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_goals_are_negatives_of_each_other():
         others = torch.cat([goals[:i], goals[i + 1 :]])
         torch.testing.assert_close(together[:, i : i + 1], binary_reward(frames, goals[i : i + 1], others, 0.05, 0.5))
     assert (together.sum(1) <= 1).all() and together.any(0).all()
+
+
+@BOTH
+def test_a_held_out_goal_competes_with_what_is_trained_on_and_not_with_other_held_out_ones(script, flags):
+    x, y, z = torch.eye(3)
+    text = {"trained": x, "negative": y, "held out": z, "the same": z, "robot": x}
+    clip = SimpleNamespace(encode_text=lambda prompts, _: torch.stack([text[prompt] for prompt in prompts]))
+    clip.encode_images = lambda frames: frames
+    prompts = dict(goal=("trained",), eval_goal=("held out", "the same"), negatives=("negative",), baseline="robot")
+    reward = script.ClipReward(script.Args(reward="binary", **prompts), clip)
+    assert reward(torch.stack([x, y, z]), [0, 1, 2]).tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
 
 
 @BOTH
