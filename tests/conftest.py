@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts do, which must happen before torch is imported
 import gymnasium as gym
 import numpy as np
 import pytest
