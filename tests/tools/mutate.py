@@ -1,0 +1,150 @@
+"""Changes single lines of the training scripts, one at a time, and says which changes the tests do not notice.
+
+    python tests/tools/mutate.py [NAME ...]
+
+Each mutant is a copy of the repository in which one text of a script, which must occur there exactly once, is another.
+tests/test_wiring.py must fail, or the script's quick unit tests. NAMEs choose mutants by a part of their line below.
+The exit status is 1 if one survives or cannot be made. It takes some 10 s a mutant, and is not part of the gate.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+UNIT_TESTS = {
+    "sac": [
+        "tests/test_sac_vlmrm.py",
+        "-k",
+        "update_matches or targets or n_step or wraps or running_norm or squashed",
+    ],
+    "ppo": ["tests/test_ppo_vlmrm.py", "-k", "gae or endless or loss_matches or scaled_by or in_bounds"],
+}
+
+# The script, what is broken, the text and what takes its place.
+MUTANTS = """
+ppo | truncation is not bootstrapped | torch.from_numpy(terminated).to(device).float(), cut => cut.float(), cut
+ppo | next_values are not shifted | values.roll(-1, 0) => values.clone()
+both | the reward of goal 0 for all goals | rewards, goal_ids[..., None], -1) => rewards, 0 * goal_ids[..., None], -1)
+ppo | the policy sees goal 0 | torch.from_numpy(goal_id).to(device)) => torch.from_numpy(0 * goal_id).to(device))
+ppo | no gradient clipping | nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm) => pass
+ppo | no reward scaling | if args.normalize_reward: => if False:
+both | best.pt keeps the worst | mean_return > best_return => not mean_return > best_return > -1e9
+sac | n-step bootstraps from the wrong state | "next_states": reached => "next_states": next_states
+sac | terminated is always false | next_states, terminated, ended) => next_states, terminated & False, ended)
+sac | gamma is hard-coded | (*outcome, args.gamma, => (*outcome, 0.98,
+sac | relabel is not passed on | (args.batch_size, args.relabel) => (args.batch_size)
+sac | the normaliser is never updated | agent.normalizer.update(torch => (torch
+sac | acts for goal 0 | agent.act(state, goal_id) => agent.act(state, 0 * goal_id)
+both | evaluation is not deterministic | goal_id), deterministic=True) => goal_id))
+both | best.pt is the latest | best_return = mean_return => best_return = -math.inf
+both | networks of another seed | torch.manual_seed(args.seed) => torch.manual_seed(0)
+both | noise depends on what was before | torch.manual_seed(torch_seed) => pass
+both | every phase has the same starts | args.seed, 0, first_step, n= => args.seed, 0, 0, n=
+both | later episodes have the same starts | first_step, t + 1, n= => first_step, 1, n=
+both | goals change within an episode | = np.where(ended[t], np_rng => = np.where(True, np_rng
+both | one episode's end ends all | "reset_mask": ended[t]} => "reset_mask": ended[t] | True}
+both | goal 0's success ends an episode | np.arange(args.num_envs), goal_id] > 0 => np.arange(args.num_envs), 0] > 0
+both | truncation does not end an episode | ended[t] = terminated[t] | truncated => ended[t] = terminated[t]
+both | charts are of goal 0 | env_rewards, pursued if => env_rewards, rewards[..., 0] if
+both | nothing is evaluated before the end | if last or global_step // args.eval_every > => if last and global_step >
+both | a checkpoint each phase | > first_step // args.checkpoint_every => > 0 * first_step
+both | the learning rate stays | (1.0 - first_step / args.total_timesteps) => 1.0
+both | the learning rate is annealed unasked | if args.anneal_lr: => if True:
+both | the learning rate is the next phase's | (1.0 - first_step / args => (1.0 - global_step / args
+both | a resumed run forgets its best return | run.saved["best_return"] => -math.inf
+sac | updates from the first phase on | if global_step >= args.learning_starts: => if True:
+sac | learning starts a phase late | if global_step >= args.learning_starts: => if global_step > args.learning_starts:
+sac | timid exploration | np_rng.uniform(-1.0, 1.0, => np_rng.uniform(-0.5, 0.5,
+sac | fractions of updates are lost | owed_updates += phase_frames => owed_updates = phase_frames
+sac | statistics of the states reached | update(torch.from_numpy(states) => update(torch.from_numpy(next_states)
+sac | states are those reached | next_states[t] = state = obs => next_states[t] = states[t] = state = obs
+sac | one step for n | *outcome, args.gamma, args.n_step) => *outcome, args.gamma, 1)
+sac | two of three learning rates stay | in agent.optimizers.values(): => in [agent.optimizers["actor"]]:
+sac | rows not on disk are overwritten | buffer.total - buffer.saved + phase_frames => buffer.total - buffer.saved
+sac | a resumed run forgets what it owes | run.saved["owed_updates"] => 0.0
+sac | tau is hard-coded | slow.lerp_(parameter, self.args.tau) => slow.lerp_(parameter, 0.005)
+sac | entropy is a cost | - ent_coef * next_log_prob => + ent_coef * next_log_prob
+sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
+sac | the coefficient is tuned away | -self.log_ent_coef * entropy_gap => self.log_ent_coef * entropy_gap
+sac | the coefficient starts at 1 | torch.tensor(math.log(args.ent_coef)) => torch.tensor(0.0)
+sac | what n steps reach counts too much | gamma ** (k + 1) => gamma**k
+sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[:-k] &= True
+sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
+sac | what is not to be swapped is | goal_ids.device) < relabel => goal_ids.device) > relabel
+sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
+ppo | actions are not sampled | actions[t] = policy.sample() => actions[t] = policy.mean
+ppo | statistics of the rollout are not kept | agent.normalizer.update(tensor) => pass
+ppo | probabilities of clipped actions | policy.log_prob(actions[t]) => policy.log_prob(actions[t].clamp(-1, 1))
+ppo | success is bootstrapped | terminated[t] |= rewards => truncated |= rewards
+ppo | the rollout's end is not bootstrapped | last_steps[-1] = True => pass
+ppo | the next episode's value is bootstrapped | next_values[cut] = agent.value => _ = agent.value
+ppo | bootstrapped for goal 0 | torch.from_numpy(goal_ids[last_steps]) => torch.from_numpy(0 * goal_ids[last_steps])
+ppo | truncated returns go on | rewards(scaled, cut.float()) => rewards(scaled, 0 * cut.float())
+ppo | gamma for lambda | *ends, args.gamma, args.gae_lambda) => *ends, args.gamma, args.gamma)
+ppo | returns without the value | returns = advantages + values => returns = advantages
+ppo | minibatches are not shuffled | torch.randperm(phase_frames, => torch.arange(phase_frames,
+ppo | a minibatch an epoch | tensor_split(args.num_minibatches) => tensor_split(1)
+ppo | gradients pile up | optimizer.zero_grad() => pass
+ppo | the ratio is not clipped | advantages * clipped_ratio => advantages * ratio
+ppo | advantages leak across episodes | gae_lambda * (1.0 - ended[t]) => gae_lambda * (1.0 - terminated[t])
+ppo | returns run on across episodes | discounted * (1.0 - ended[t]) => discounted
+both | evaluates goal 0 | np.full(args.num_envs, goal_id) => np.full(args.num_envs, 0)
+both | scores goal 0 | run.frame_shape), [goal_id]) => run.frame_shape), [0])
+both | the same episodes again | seeds[first : first + args.num_envs] => seeds[: args.num_envs]
+both | rewards after an episode's end | clip_rewards * alive => clip_rewards
+both | success does not end an evaluation | (clip_rewards[:, t - 1] == 0) => True
+both | more episodes than asked for | for steps in rounds])[: args.eval_episodes] => for steps in rounds])
+both | evaluations start elsewhere | episode_seeds(args.seed, start_key, => episode_seeds(global_step, start_key,
+both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
+both | best.pt by the environment's reward | result.get("clip_rewards", result["env_rewards"]) => result["env_rewards"]
+"""
+
+
+def parse(line):
+    scripts, what, change = line.split(" | ", 2)
+    return [(script, what, *change.split(" => ")) for script in ("sac", "ppo") if scripts in (script, "both")]
+
+
+def first_failure(folder, *tests):
+    """Runs tests in a copy of the repository: the name of the first that fails, or None."""
+    line = [sys.executable, "-m", "pytest", "-x", "-q", *tests]
+    wide = {**os.environ, "COLUMNS": "300"}  # or pytest cuts off why a test failed
+    result = subprocess.run(line, cwd=folder, env=wide, capture_output=True, text=True, timeout=600)
+    if result.returncode not in (0, 1):
+        sys.exit(f"pytest could not run:\n{result.stdout}{result.stderr}")
+    return re.search(r"^FAILED \S+?::(.*)", result.stdout, re.MULTILINE)[1] if result.returncode else None
+
+
+def main(names):
+    lines = [line for line in MUTANTS.splitlines() if line and (not names or any(name in line for name in names))]
+    mutants, bad = [mutant for line in lines for mutant in parse(line)], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, folder)
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for script, what, old, new in [(script, "nothing", "", "") for script in UNIT_TESTS] + mutants:
+            path = Path(folder) / f"{script}_vlmrm.py"
+            source = path.read_text()
+            if old and source.count(old) != 1:
+                verdict = f"CANNOT BE MADE, its text occurs {source.count(old)} times"
+            else:
+                path.write_text(source.replace(old, new) if old else source)
+                failed = first_failure(folder, "tests/test_wiring.py", "-k", script)
+                failed = failed or first_failure(folder, *UNIT_TESTS[script])
+                path.write_text(source)
+                verdict = f"noticed by {failed}" if failed else "SURVIVES" if old else "the tests pass"
+                if failed and not old:
+                    sys.exit(f"{script}: the tests fail without a mutant: {failed}")
+            bad += verdict.startswith(("SURVIVES", "CANNOT"))
+            print(f"{script}: {what}: {verdict}", flush=True)
+    print(f"{len(mutants)} mutants, {bad} not noticed")
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
