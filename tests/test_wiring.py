@@ -45,7 +45,7 @@ CASES = {
     "goals": dict(goal=("east", "north", "west"), eval_goal=("south",), gamma=0.9),
     "success": dict(
         goal=("east", "north"),
-        eval_goal=("south",),
+        eval_goal=("west", "south"),
         negatives=("middle",),
         reward="binary",
         terminate_on_success=True,
