@@ -965,9 +965,9 @@ def stop_signals():
 def start_run(args):
     """Context of all that a run needs beside its algorithm; a mistake found on the way is one line and status 2.
 
-    Yields `dir`; `saved`, the checkpoint of --resume or --play, or None; `device`; `envs`, with their `state_dim`,
-    `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and
-    `progress`, to log with; and `stopped_by`, the signals received.
+    Yields `dir`; `saved`, the checkpoint of --resume or --play, or None; `first_step`, its frame, or 0; `device`;
+    `envs`, with their `state_dim`, `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings`
+    [G + E, D]; `writer` and `progress`, to log with; and `stopped_by`, the signals received.
     """
     run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0))
     with contextlib.ExitStack() as stack:
@@ -1024,13 +1024,14 @@ def open_log(args, run):
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
     run.start_time = time.time()
-    run.writer = SummaryWriter(run.dir, purge_step=run.first_step + 1)  # drops what was logged after the checkpoint
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
     bar = {"unit": " frames", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
-    with tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress:
+    with (
+        SummaryWriter(run.dir, purge_step=run.first_step + 1) as run.writer,  # drops what came after the checkpoint
+        tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress,
+    ):
+        run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
         yield
-    run.writer.close()
 
 
 def save_checkpoint(run, name, agent, **progress):
