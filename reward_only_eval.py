@@ -659,6 +659,8 @@ def rewards_of(frames, prompts, alpha, args):
 
     `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
     """
+    if alpha is None:  # in a softmax, prompts whose templates agree more would win by their longer mean
+        prompts = F.normalize(prompts, dim=-1)
     goal_embeddings = prompts[:1]
     negatives = prompts[2:]
     if alpha is None:

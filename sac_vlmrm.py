@@ -16,7 +16,7 @@ reward of Baumli et al., "Vision-Language Models as a Source of Rewards" (2023, 
 # dependencies = [
 #     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
 #     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
-#     "imageio==2.37.0", "imageio-ffmpeg==0.6.0", "numpy==2.4.6", "pillow==13.0.0",
+#     "imageio==2.37.0", "imageio-ffmpeg==0.6.0", "filelock==4.2.12", "numpy==2.4.6", "pillow==13.0.0",
 # ]
 # ///
 from __future__ import annotations
@@ -25,14 +25,17 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import logging
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -79,7 +83,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     run_dir: Path | None = None
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
-    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be changed"""
+    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be changed;
+    `auto` goes on in --run-dir if a checkpoint is there and else starts there, as a cluster's requeued job needs it"""
     play: Path | None = None
     """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
     checkpoint: str = "best.pt"
@@ -300,7 +305,10 @@ class ClipReward:
         self.args, self.clip = args, clip
         prompts = [*args.goal, *args.eval_goal, *args.negatives, args.baseline]
         sizes = [len(args.goal), len(args.eval_goal), len(args.negatives), 1]
-        self.goals, self.held_out, self.negatives, baseline = clip.encode_text(prompts, args.template).split(sizes)
+        embeddings = clip.encode_text(prompts, args.template)
+        if args.reward == "binary":  # in a softmax, prompts whose templates agree more would win by their longer mean
+            embeddings = F.normalize(embeddings, dim=-1)
+        self.goals, self.held_out, self.negatives, baseline = embeddings.split(sizes)
         self.baseline = baseline[0]  # [D]
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
 
@@ -596,20 +604,19 @@ def train(args):
         torch.manual_seed(args.seed)
         agent = make_agent(args, run)
         agent.make_optimizers()
-        buffer = ReplayBuffer(args.buffer_size, run.state_dim, action_dim, device, n_goals)
-        global_step, owed_updates, best_return = 0, 0.0, -math.inf
+        buffer = make_buffer(args, run)
+        global_step, owed_updates, best_score = 0, 0.0, (-math.inf, 0.0)
         if run.saved:  # --resume
-            load_rows(buffer, run.dir / "replay.bin", run.saved["buffer_total"], args.traceback)
             agent.load_state_dict(run.saved["agent"])
             for name, optimizer in agent.optimizers.items():
                 optimizer.load_state_dict(run.saved["optimizers"][name])
             global_step, owed_updates = run.saved["global_step"], run.saved["owed_updates"]
-            best_return = run.saved["best_return"]
+            best_score = run.saved["best_score"]
 
         def save(name):
             if name == "checkpoint.pt":  # the rows that it refers to are on disk before it; best.pt is not resumed from
                 save_rows(buffer, run.dir / "replay.bin")
-            progress = dict(global_step=global_step, owed_updates=owed_updates, best_return=best_return)
+            progress = dict(global_step=global_step, owed_updates=owed_updates, best_score=best_score)
             save_checkpoint(run, name, agent, buffer_total=buffer.total, **progress)
 
         # A phase is one episode of every environment. Arrays are [T, N, ...].
@@ -696,10 +703,10 @@ def train(args):
             charts["charts/learning_rate"] = agent.optimizers["actor"].param_groups[0]["lr"]
             last = global_step >= args.total_timesteps
             if last or global_step // args.eval_every > first_step // args.eval_every:
-                results, mean_return = evaluate_goals(args, run, agent, global_step)
+                results, score = evaluate_goals(args, run, agent, global_step)
                 charts |= results
-                if mean_return > best_return:  # in evaluation; VLM-RM takes the highest return in training
-                    best_return = mean_return
+                if score >= best_score:  # in evaluation; VLM-RM takes the highest return in training
+                    best_score = score  # of equals the later one, which has learned more
                     save("best.pt")
             clock.append(time.perf_counter())
             log_phase(run, charts, losses, clock, global_step)
@@ -740,7 +747,7 @@ def check_algorithm(args):
 
 
 class RunError(Exception):
-    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN, a full disk."""
+    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN."""
 
 
 @contextlib.contextmanager
@@ -1028,10 +1035,13 @@ def start_run(args):
         with one_line_errors(args.traceback):
             check_args(args)
             check_algorithm(args)
-            run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-            run.dir = args.play or args.resume or args.run_dir or Path("runs") / run_name
-            if args.play or args.resume:
+            run.dir = args.play or args.resume
+            if args.resume:
+                stack.enter_context(FileLock(run.dir / "lock", timeout=0))
+            if run.dir:
                 run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
+            if args.resume and run.saved["versions"] != VERSIONS:
+                print(f"warning: resumed with {VERSIONS}, saved with {run.saved['versions']}", file=sys.stderr)
             run.first_step = run.saved["global_step"] if run.saved else 0
             config = PreprocessCfg()
             if args.reward != "env":
@@ -1051,25 +1061,36 @@ def start_run(args):
                 warn_of_rewards(args, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
-            (run.dir / "videos").mkdir(parents=True, exist_ok=True)
-            (run.dir / "rollouts").mkdir(exist_ok=True)
+            if not run.dir:
+                run.dir = make_run_dir(args)
+                stack.enter_context(FileLock(run.dir / "lock", timeout=0))
+            for name in ("videos", "rollouts"):
+                (run.dir / name).mkdir(exist_ok=True)
             if not args.play:
                 stack.enter_context(open_log(args, run))
-        try:
-            yield run
-        except OSError as error:
-            if isinstance(error, ConnectionError):
-                raise  # of a worker that died
-            raise RunError(f"cannot write to {run.dir}: {error.strerror or error}") from None
+        yield run
     if run.stopped_by:
         print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
         sys.exit(128 + run.stopped_by[0])
 
 
+def make_run_dir(args):
+    """Makes the folder of a new run: no two get the same one, even if they start in the same second."""
+    if args.run_dir:
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        return args.run_dir
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
 @contextlib.contextmanager
 def open_log(args, run):
     """Context of a run's log in TensorBoard and its progress bar; its flags and its script are kept beside it."""
-    (run.dir / "args.json").write_text(json.dumps(asdict(args), indent=2, default=str))
+    replace_file(run.dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
     script = Path(__file__)
     name = f"{script.stem}_resumed_at_{run.first_step}.py" if args.resume else script.name
     (run.dir / name).write_text(script.read_text())
@@ -1077,6 +1098,7 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    threading.excepthook = lambda _: None  # what TensorBoard's thread raises is raised here as well
     run.start_time = time.time()
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
     bar = {"unit": " frames", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
@@ -1088,18 +1110,31 @@ def open_log(args, run):
         yield
 
 
+# With others, a resumed run ends in other bits.
+VERSIONS = {package.__name__: str(package.__version__) for package in (torch, mujoco, gym, open_clip)}
+
+
 def save_checkpoint(run, name, agent, **progress):
-    """Replaces a checkpoint such that a kill at any instant, or a full disk, leaves the old one or the new one."""
+    """Writes best.pt or checkpoint.pt; the log is on disk before it."""
     run.writer.flush()
     optimizers = {key: optimizer.state_dict() for key, optimizer in agent.optimizers.items()}
     content = io.BytesIO()
-    torch.save({**progress, "agent": agent.state_dict(), "optimizers": optimizers}, content)
-    beside = (run.dir / name).with_suffix(".tmp")
+    torch.save({**progress, "agent": agent.state_dict(), "optimizers": optimizers, "versions": VERSIONS}, content)
+    replace_file(run.dir / name, content.getbuffer())
+
+
+def replace_file(path, content):
+    """Replaces a file's bytes such that a kill at any instant, or a full disk, leaves the old ones or the new ones."""
+    beside = path.with_suffix(".tmp")
     with open(beside, "wb") as file:
-        file.write(content.getbuffer())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, run.dir / name)
+    os.replace(beside, path)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)  # or a power cut may undo the replacing
+        os.close(folder)
 
 
 def load_checkpoint(path):
@@ -1138,6 +1173,21 @@ def log_phase(run, charts, losses, clock, global_step):
 # ---- the replay buffer's file
 
 
+def make_buffer(args, run):
+    """A replay buffer, with the rows of a resumed run; what memory or disk have no room for is one line."""
+    path = run.dir / "replay.bin"
+    with one_line_errors(args.traceback):
+        buffer = ReplayBuffer(args.buffer_size, run.state_dim, run.action_space.shape[0], run.device, len(args.goal))
+        if run.saved:
+            load_rows(buffer, path, run.saved["buffer_total"])
+        size = min(args.total_timesteps, 2 * buffer.capacity) * buffer.rows[0].nbytes
+        free = shutil.disk_usage(run.dir).free
+        if size - (path.stat().st_size if path.exists() else 0) > free:
+            room = f"{path} takes up to {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{room}: lower --buffer-size, or choose another disk with --run-dir")
+    return buffer
+
+
 def save_rows(buffer, path):
     """Writes the rows of a replay buffer that are new since the last call to a ring of twice its capacity.
 
@@ -1159,17 +1209,16 @@ def save_rows(buffer, path):
         os.fsync(file.fileno())
 
 
-def load_rows(buffer, path, total, traceback):
-    """Reads a replay buffer as it was when it had been given `total` rows; a file that lacks them is one line."""
+def load_rows(buffer, path, total):
+    """Reads a replay buffer as it was when it had been given `total` rows. ValueError if the file lacks some."""
     ring, part = 2 * buffer.capacity, 65536  # rows read at a time, which spares the memory
-    with one_line_errors(traceback):
-        file = np.memmap(path, np.float32, "r") if total else np.empty(0, np.float32)
-        rows = file[: len(file) // buffer.rows.shape[1] * buffer.rows.shape[1]].reshape(-1, buffer.rows.shape[1])
-        if len(rows) < min(total, ring):
-            raise ValueError(f"--resume: {path} is truncated")
-        for start in range(max(0, total - buffer.capacity), total, part):
-            index = np.arange(start, min(start + part, total))
-            buffer.rows[index % buffer.capacity] = torch.from_numpy(rows[index % ring]).to(buffer.rows)
+    file = np.memmap(path, np.float32, "r") if total else np.empty(0, np.float32)
+    rows = file[: len(file) // buffer.rows.shape[1] * buffer.rows.shape[1]].reshape(-1, buffer.rows.shape[1])
+    if len(rows) < min(total, ring):
+        raise ValueError(f"--resume: {path} is truncated")
+    for start in range(max(0, total - buffer.capacity), total, part):
+        index = np.arange(start, min(start + part, total))
+        buffer.rows[index % buffer.capacity] = torch.from_numpy(rows[index % ring]).to(buffer.rows)
     buffer.total = buffer.saved = total
 
 
@@ -1194,6 +1243,8 @@ def evaluate(args, run, agent, goal_id, seeds):
             state = step.pop("state")
             steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
             alive &= ~terminated
+            if terminated.any():  # Gymnasium leaves it undefined what a further step does; what follows counts nothing
+                state = envs.reset(options={"reset_mask": terminated})[0]["state"]
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
@@ -1221,9 +1272,10 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     """Evaluates the agent on goals (default: all, the held-out ones too); writes videos, image strips and rollouts.
 
     Episodes of the same `start_key` have the same starts; `prefix` begins the files' names. Returns the scalars to log
-    and the mean return over the goals that are trained on: the CLIP return, or with `--reward env` the environment's.
+    and a score that orders agents, of the goals that are trained on: their mean return (the CLIP return, or with
+    `--reward env` the environment's), and with --terminate-on-success how fast they are, minus the mean length.
     """
-    charts, returns, goals = {}, [], [*args.goal, *args.eval_goal]
+    charts, returns, lengths, goals = {}, [], [], [*args.goal, *args.eval_goal]
     seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
     for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
         result = evaluate(args, run, agent, goal_id, seeds)
@@ -1237,6 +1289,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
         charts[f"eval/episodic_length{curve}"] = result["lengths"].mean()
         rewards = result.get("clip_rewards", result["env_rewards"])
         returns.append(float(rewards.sum(1).mean()))
+        lengths.append(float(result["lengths"].mean()))
         if run.reward and not args.play:
             strip = np.concatenate(list(pixels[np.linspace(0, length - 1, 8).astype(int)]), axis=1)
             run.writer.add_image(f"eval/strip{curve}", strip, global_step, dataformats="HWC")
@@ -1248,7 +1301,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     mean_return = float(np.mean(returns[: len(args.goal)]))
     if len(goals) > 1 and goal_ids is None:
         charts["eval/clip_return"] = mean_return
-    return charts, mean_return
+    return charts, (mean_return, -float(np.mean(lengths[: len(args.goal)])) if args.terminate_on_success else 0.0)
 
 
 def write_video(path, frames, rewards, fps=30):
@@ -1335,8 +1388,6 @@ def check_args(args):
     for template in args.template:
         if "{}" not in template:
             raise ValueError(f'--template "{template}" has no "{{}}" for the prompt')
-    if args.run_dir and (args.run_dir / "args.json").exists() and not args.resume:
-        raise ValueError(f"--run-dir {args.run_dir} already holds a run: choose another folder, or --resume it")
 
 
 def warn_of_rewards(args, envs):
@@ -1367,17 +1418,24 @@ def parse_args():
             if sys.argv.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
         args = tyro.cli(Args)
-        if args.resume and args.run_dir not in (None, args.resume):
+        resume, run_dir = args.resume, args.run_dir
+        if resume == Path("auto"):
+            if not run_dir:
+                raise ValueError("--resume auto needs --run-dir, the folder to go on in, or to start in")
+            resume = run_dir if (run_dir / "checkpoint.pt").exists() else None
+        elif resume and run_dir not in (None, resume):
             raise ValueError("--resume goes on in its own folder: leave --run-dir out")
-        folder = args.play or args.resume
+        elif run_dir and not resume and (run_dir / "args.json").exists():
+            raise ValueError(f"--run-dir {run_dir} already holds a run: choose another folder, or --resume it")
+        folder = args.play or resume
         if not folder:
-            return tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {})))
+            return replace(tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {}))), resume=None)
         saved = json.loads((folder / "args.json").read_text())
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-        saved = replace(saved, resume=args.resume, play=args.play, run_dir=None)
+        saved = replace(saved, resume=resume, play=args.play, run_dir=None)
         if args.play:
             return tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal)))
-        args = tyro.cli(Args, default=saved)
+        args = replace(tyro.cli(Args, default=saved), resume=resume)
         changed = []
         for name, value in asdict(args).items():
             if name not in CHANGEABLE and value != getattr(saved, name):
@@ -1414,5 +1472,5 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         print(f"results in {play(arguments) if arguments.play else train(arguments)}")
-    except RunError as error:
+    except (RunError, OSError) as error:  # OSError: nothing more can be written
         sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")

@@ -85,6 +85,12 @@ def load(run_dir, name="checkpoint.pt"):
     return torch.load(run_dir / name, weights_only=True)
 
 
+def assert_same_checkpoint(run_dir, reference):
+    saved, expected = load(run_dir), load(reference)
+    assert saved.pop("versions") == expected.pop("versions")
+    torch.testing.assert_close(saved, expected, rtol=0, atol=0)
+
+
 def unit(rng, *shape):
     """Random unit vectors, float64."""
     x = rng.normal(size=shape)

@@ -149,7 +149,7 @@ def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fres
     fresh = regularized_reward(embeddings, torch.stack(goals), baseline, 0.0)  # [160, 2]
 
     buffer = sac_vlmrm.ReplayBuffer(1000, 348, 17, "cpu", n_goals=2)
-    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", 160, traceback=True)
+    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", 160)
     pursued = buffer.rows[:160, -1].long()
     assert 0.2 < pursued.float().mean() < 0.8  # both goals are drawn, one for each episode
     assert (pursued.view(4, 10, 4) == pursued.view(4, 10, 4)[:, :1]).all()

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import KNEELING, LYING, TINY_CLIP, command, load, one_line, run, scalars
+from conftest import KNEELING, LYING, TINY_CLIP, assert_same_checkpoint, command, load, one_line, run, scalars
 
 import ppo_vlmrm
 from ppo_vlmrm import PPO, Args, gae
@@ -214,7 +214,7 @@ def test_learning_the_pendulum_from_the_environments_reward(tmp_path):
 
 
 def assert_same_end(run_dir, reference):
-    torch.testing.assert_close(load(run_dir), load(reference), rtol=0, atol=0)
+    assert_same_checkpoint(run_dir, reference)
     one, other = (
         {tag: points for tag, points in scalars(folder).items() if not tag.startswith("time/") and tag != "charts/SPS"}
         for folder in (run_dir, reference)

@@ -1,9 +1,11 @@
 """Nothing is lost: resuming is exact; kills, signals, broken environments and broken files end in one clear line."""
 
+import contextlib
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,11 +13,13 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CLIP, command, load, one_line, run, scalars
+from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, load, one_line, run, scalars
 
+import ppo_vlmrm
 import sac_vlmrm
 from sac_vlmrm import Args, RunError
 
@@ -38,12 +42,17 @@ FLAGS = dict(
 )
 
 
-def start(env=None, **flags):
+def for_ppo(flags):
+    """The same for PPO, without what is SAC's."""
+    return {name: flags[name] for name in flags.keys() & vars(ppo_vlmrm.Args())} | dict(num_steps=10, num_minibatches=4)
+
+
+def start(env=None, cwd=None, **flags):
     """Starts the script in a session of its own, so that what it leaves behind can be seen."""
     line = command("sac_vlmrm", **flags)
     environment = {**os.environ, **(env or {})}
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen(line, start_new_session=True, env=environment, **pipes)
+    return subprocess.Popen(line, start_new_session=True, env=environment, cwd=cwd, **pipes)
 
 
 def session_members(session):
@@ -70,16 +79,16 @@ def final_state(run_dir):
     saved = load(run_dir)
     state_dim, action_dim = saved["agent"]["actor.net.0.weight"].shape[1], len(saved["agent"]["actor.net.4.bias"]) // 2
     buffer = sac_vlmrm.ReplayBuffer(100, state_dim, action_dim, "cpu")
-    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", saved["buffer_total"], traceback=True)
+    sac_vlmrm.load_rows(buffer, run_dir / "replay.bin", saved["buffer_total"])
     logged = {tag: points for tag, points in scalars(run_dir).items() if not tag.startswith("time/")}
     logged.pop("charts/SPS")
-    return saved, buffer.rows, logged
+    return buffer.rows, logged
 
 
 def assert_same_end(run_dir, reference):
-    saved, rows, logged = final_state(run_dir)
-    expected_saved, expected_rows, expected_logged = final_state(reference)
-    torch.testing.assert_close(saved, expected_saved, rtol=0, atol=0)
+    assert_same_checkpoint(run_dir, reference)
+    rows, logged = final_state(run_dir)
+    expected_rows, expected_logged = final_state(reference)
     torch.testing.assert_close(rows, expected_rows, rtol=0, atol=0)
     assert logged == expected_logged
 
@@ -128,6 +137,87 @@ def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, re
     result = run("sac_vlmrm", resume=run_dir)
     assert result.returncode == 0, result.stderr
     assert_same_end(run_dir, reference)
+
+
+def test_a_kill_of_the_main_process_leaves_no_environment_behind(tmp_path):
+    process = start(**FLAGS, run_dir=tmp_path / "run", total_timesteps=10**6)
+    wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").exists())
+    assert len(session_members(process.pid)) >= 3  # itself and two environments
+    process.kill()  # that process alone: nothing tells the others
+    process.communicate()
+    wait_for(partial(no_members, process.pid), 10)
+
+
+class StopAfter(list):
+    """What a run takes for its received signals: a SIGTERM is among them once it was asked `n` times."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __bool__(self):
+        self.left -= 1
+        if self.left == 0:
+            self.append(signal.SIGTERM)
+        return len(self) > 0
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm])
+def test_ten_stops_at_random_frames_leave_a_run_that_ends_the_same(tmp_path, script, monkeypatch):
+    flags = {**FLAGS, "anneal_lr": True, "checkpoint_every": 10**6, "total_timesteps": 400}
+    if script is ppo_vlmrm:
+        flags = for_ppo(flags)
+    whole, run_dir, rng = (
+        script.train(script.Args(**flags, run_dir=tmp_path / "whole")),
+        tmp_path / "run",
+        random.Random(1),
+    )
+    frames = []
+    for stop in range(10):
+        where = {"resume": run_dir} if stop else {"run_dir": run_dir}
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(script, "stop_signals", partial(contextlib.nullcontext, StopAfter(rng.randint(2, 30))))
+            script.train(script.Args(**flags, **where))
+        frames.append(load(run_dir)["global_step"])
+    assert 0 < frames[-1] < 400 and len(set(frames)) > 5, frames
+    script.train(script.Args(**flags, resume=run_dir))
+    if script is sac_vlmrm:
+        assert_same_end(run_dir, whole)
+    else:
+        assert_same_checkpoint(run_dir, whole)
+
+
+def test_resuming_with_other_versions_warns_in_one_line(tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "run")
+    saved = load(tmp_path / "run")
+    torch.save({**saved, "versions": saved["versions"] | {"mujoco": "3.0.0"}}, tmp_path / "run" / "checkpoint.pt")
+    result = run("sac_vlmrm", resume=tmp_path / "run", total_timesteps=420)
+    (line,) = [line for line in result.stderr.splitlines() if "warning" in line]
+    assert result.returncode == 0 and "'mujoco': '3.0.0'" in line
+    assert "warning" not in run("sac_vlmrm", resume=tmp_path / "run", total_timesteps=440).stderr
+
+
+def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, reference):
+    run_dir = tmp_path / "run"
+    flags = dict(**FLAGS, resume="auto", run_dir=run_dir, total_timesteps=400)
+    process = start(**flags)
+    wait_for(lambda: (run_dir / "args.json").exists())  # before there is a checkpoint
+    process.kill()
+    process.communicate()
+    wait_for(partial(no_members, process.pid))
+    (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+    process = start(**flags)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())
+    process.kill()
+    process.communicate()
+    wait_for(partial(no_members, process.pid))
+    for _ in range(2):  # the second time there is nothing left to do
+        result = run("sac_vlmrm", **flags)
+        assert result.returncode == 0, result.stderr
+        assert_same_end(run_dir, reference)
+    assert "--run-dir" in one_line(run("sac_vlmrm", resume="auto"))
+    assert "--gamma" in one_line(run("sac_vlmrm", **flags, gamma=0.5))
+    assert "already holds a run" in one_line(run("sac_vlmrm", run_dir=run_dir))
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -180,11 +270,16 @@ class Broken(gym.Env):
         self.render_mode, self.fault, self.steps = render_mode, fault, 0
 
     def reset(self, *, seed=None, options=None):
+        self.steps += -self.steps % 7 if self.fault == "strict" else 0
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
         self.steps += 1
         late = self.steps > 60
+        if self.fault == "strict":
+            assert self.steps % 7, "stepped after its end"
+            ends = self.steps % 7 == 6
+            return np.zeros(2, np.float32), 1.0, ends, False, {}
         if late and self.fault == "raise":
             raise FloatingPointError("the joints came off")
         return np.full(2, np.nan if late and self.fault == "nan" else 0.0, np.float32), 0.0, False, False, {}
@@ -192,7 +287,7 @@ class Broken(gym.Env):
     def render(self):
         return np.zeros((64, 64, 3), np.uint8)
 
-for fault in ("nan", "raise"):
+for fault in ("nan", "raise", "strict"):
     gym.register(f"Broken-{fault}-v0", Broken, kwargs={"fault": fault})
 """
 
@@ -206,6 +301,17 @@ def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
     assert process.returncode == 1 and said in errors and errors.count("error:") == 1, errors
     assert load(tmp_path / "run")["global_step"] >= 20
     wait_for(lambda: not session_members(process.pid), 5)
+
+
+@pytest.mark.parametrize("script", ["sac_vlmrm", "ppo_vlmrm"])
+def test_an_episode_that_has_ended_is_not_stepped_on(tmp_path, script):
+    (tmp_path / "broken_environments.py").write_text(BROKEN)
+    flags = {**FLAGS, "env_id": "broken_environments:Broken-strict-v0", "early_termination": True}
+    if script == "ppo_vlmrm":
+        flags = for_ppo(flags)
+    result = run(script, **flags, run_dir=tmp_path / "run", total_timesteps=80, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert {value for _, value in scalars(tmp_path / "run")["eval/episodic_length"]} == {6.0}
 
 
 def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
@@ -228,23 +334,71 @@ def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
     assert saved["global_step"] == 80 and all(value.isfinite().all() for value in saved["agent"].values())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    save, calls = torch.save, []
+WRITES = {  # what a run writes next once it has a checkpoint
+    "checkpoint": dict(checkpoint_every=20, eval_every=10**6),
+    "rollouts": dict(checkpoint_every=40, eval_every=20),
+    "video": dict(checkpoint_every=40, eval_every=20, video=True, save_rollouts=False),
+    "log": dict(checkpoint_every=40, eval_every=10**6),
+}
 
-    def full(checkpoint, file):
-        calls.append(1)
-        if len(calls) > 3:
-            file.write(b"half of a checkpoint")
-            raise OSError(28, "No space left on device")
-        save(checkpoint, file)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left"):
-        sac_vlmrm.train(Args(**FLAGS, total_timesteps=10**4, run_dir=tmp_path / "run"))
-    frame = load(tmp_path / "run")["global_step"]
-    monkeypatch.setattr(torch, "save", save)
-    sac_vlmrm.train(Args(**FLAGS, total_timesteps=frame + 40, resume=tmp_path / "run"))
-    assert load(tmp_path / "run")["global_step"] == frame + 40
+@pytest.mark.parametrize("what", WRITES)
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, what):
+    run_dir = tmp_path / "run"
+    process = start(**{**FLAGS, **WRITES[what]}, run_dir=run_dir, total_timesteps=10**6)
+    wait_for(lambda: (run_dir / "checkpoint.pt").exists())
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))  # no file of it may grow from here on
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count("error: [Errno") == 1 and "Traceback" not in errors, errors
+    wait_for(lambda: not session_members(process.pid), 5)
+    frame = load(run_dir)["global_step"]
+    if what != "checkpoint":
+        json.loads((run_dir / "args.json").read_text())
+        sac_vlmrm.load_rows(sac_vlmrm.ReplayBuffer(100, 4, 1, "cpu"), run_dir / "replay.bin", frame)
+    result = run("sac_vlmrm", resume=run_dir, total_timesteps=frame + 40, video=False)
+    assert result.returncode == 0, result.stderr
+    assert load(run_dir)["global_step"] == frame + 40
+
+
+def test_args_json_is_whole_whenever_the_disk_fills(tmp_path, reference, monkeypatch):
+    shutil.copytree(reference, tmp_path / "run")
+    before = (tmp_path / "run" / "args.json").read_bytes()
+    line = command("sac_vlmrm", resume=tmp_path / "run", total_timesteps=440)
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100))
+    result = subprocess.run(line, preexec_fn=small, capture_output=True, text=True)
+    assert "File too large" in one_line(result)
+    assert (tmp_path / "run" / "args.json").read_bytes() == before
+
+
+def test_a_buffer_that_memory_or_the_disk_has_no_room_for_is_one_line(tmp_path, monkeypatch, capsys):
+    line = one_line(run("sac_vlmrm", **{**FLAGS, "buffer_size": 10**13}, total_timesteps=100, run_dir=tmp_path / "a"))
+    assert "can't allocate memory" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=48 * 199))
+    with pytest.raises(SystemExit) as stopped:
+        sac_vlmrm.train(Args(**FLAGS, total_timesteps=201, run_dir=tmp_path / "b"))
+    assert stopped.value.code == 2 and "--buffer-size" in capsys.readouterr().err
+    sac_vlmrm.train(Args(**FLAGS, total_timesteps=199, run_dir=tmp_path / "c"))
+
+
+def test_two_processes_never_share_a_run(tmp_path, reference):
+    """Those of one seed that start in the same second get two folders; a run in progress can't be resumed."""
+    runs = [start(**FLAGS, total_timesteps=10**6, cwd=tmp_path) for _ in range(2)]
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2)
+    folder = next(tmp_path.glob("runs/*"))
+    assert "lock" in one_line(run("sac_vlmrm", resume=folder))
+    for process in runs:
+        process.kill()
+        process.communicate()
+        wait_for(partial(no_members, process.pid))
+    sac_vlmrm.train(Args(**FLAGS, resume=folder, total_timesteps=load(folder)["global_step"] + 20))
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    args = Args()
+    folders = [sac_vlmrm.make_run_dir(args) for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"Humanoid-v5__sac_vlmrm__1__1{end}" for end in ("", "-2", "-3")]
 
 
 class Payload:

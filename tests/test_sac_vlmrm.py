@@ -210,12 +210,12 @@ def test_replay_buffer_on_disk_is_the_one_in_memory_and_spares_what_the_last_che
         sac_vlmrm.save_rows(buffer, tmp_path / "replay.bin")
         if before is not None:  # as after a kill between this save and the checkpoint that would refer to it
             again = ReplayBuffer(10, 1, 1, "cpu")
-            sac_vlmrm.load_rows(again, tmp_path / "replay.bin", before.total, traceback=True)
+            sac_vlmrm.load_rows(again, tmp_path / "replay.bin", before.total)
             used = min(before.total, 10)
             torch.testing.assert_close(again.rows[:used], before.rows[:used], rtol=0, atol=0)
         before = copy.deepcopy(buffer)
     with pytest.raises(ValueError, match="truncated"):
-        sac_vlmrm.load_rows(ReplayBuffer(1000, 1, 1, "cpu"), tmp_path / "replay.bin", 2000, traceback=True)
+        sac_vlmrm.load_rows(ReplayBuffer(1000, 1, 1, "cpu"), tmp_path / "replay.bin", 2000)
 
 
 def test_running_norm_is_the_mean_and_deviation_of_all_batches():

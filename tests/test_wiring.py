@@ -139,7 +139,7 @@ class SpiedEnvs:
     def reset(self, *, seed=None, options=None):
         mask = options["reset_mask"].copy() if options else None  # before the vector environment takes it out
         result = self.envs.reset(seed=seed, options=options)
-        self.note("reset", seeds=list(seed), mask=mask, states=result[0]["state"].copy())
+        self.note("reset", seeds=seed and list(seed), mask=mask, states=result[0]["state"].copy())
         return result
 
     def step(self, actions):
@@ -245,7 +245,7 @@ class Recording:
         def evaluate_goals(args, run, agent, global_step, evaluate_goals=script.evaluate_goals):
             event = note("evaluation", global_step=global_step, before=clone(agent.state_dict()))
             results = evaluate_goals(args, run, agent, global_step)
-            event.after, (event.charts, event.mean_return) = clone(agent.state_dict()), results
+            event.after, (event.charts, event.score) = clone(agent.state_dict()), results
             return results
 
         def episode_charts(*arguments, episode_charts=script.episode_charts):
@@ -554,7 +554,7 @@ def test_evaluation_plays_the_mode_for_each_goal_and_scores_that_goals_reward(re
     """From the same starts each time: its results, what is logged and saved of them, and the mean for best.pt."""
     run = recording(name, case)
     for evaluation in (e for e in run.events if e.kind == "evaluation"):
-        returns, goals = [], [*run.args.goal, *run.args.eval_goal]
+        returns, all_lengths, goals = [], [], [*run.args.goal, *run.args.eval_goal]
         for i, goal in enumerate(goals):
             goal_rewards, env_rewards, lengths = played(run, evaluation, i)
             (result,) = run.of("result", phase=evaluation.phase, evaluated=i)
@@ -564,6 +564,7 @@ def test_evaluation_plays_the_mode_for_each_goal_and_scores_that_goals_reward(re
             assert_close(evaluation.charts[f"eval/env_return{curve}"], env_rewards.sum(1).mean())
             assert_close(evaluation.charts[f"eval/episodic_length{curve}"], lengths.mean())
             returns.append(goal_rewards.sum(1).mean())
+            all_lengths.append(lengths.mean())
             if run.args.reward != "env":
                 assert_close(result.clip_rewards, goal_rewards)
                 assert_close(evaluation.charts[f"eval/clip_return{curve}"], returns[-1])
@@ -572,7 +573,9 @@ def test_evaluation_plays_the_mode_for_each_goal_and_scores_that_goals_reward(re
             if run.args.reward == "binary":
                 reached = np.mean([rewards.any() for rewards in goal_rewards])
                 assert_close(evaluation.charts[f"eval/success_rate{curve}"], reached)
-        assert evaluation.mean_return == pytest.approx(np.mean(returns[: len(run.args.goal)]), abs=1e-3)
+        mean_return, mean_length = (np.mean(x[: len(run.args.goal)]) for x in (returns, all_lengths))
+        pace = -mean_length if run.args.terminate_on_success else 0.0
+        assert evaluation.score == pytest.approx((mean_return, pace), abs=1e-3)
         (log,) = run.of("log", phase=evaluation.phase)
         assert evaluation.charts.items() <= log.charts.items()
 
@@ -590,8 +593,8 @@ def test_checkpoints_are_due_and_hold_what_the_run_was_at(recording, name, case)
         saved_rows = frames if due else saved_rows
         for save in saves:
             assert_same(save.weights, run.of("weights", phase=phase)[0].weights)
-            returns = [e.mean_return for e in run.events if e.kind == "evaluation" and e.phase <= phase]
-            expected = dict(global_step=frames, best_return=max(returns, default=-math.inf))
+            scores = [e.score for e in run.events if e.kind == "evaluation" and e.phase <= phase]
+            expected = dict(global_step=frames, best_score=max(scores, default=(-math.inf, 0.0)))
             if run.sac:
                 owed = frames_to_learn_from(run, phase) * run.args.updates_per_frame
                 expected |= dict(buffer_total=frames, owed_updates=pytest.approx(owed - math.floor(owed + 1e-6)))
@@ -599,6 +602,8 @@ def test_checkpoints_are_due_and_hold_what_the_run_was_at(recording, name, case)
     content = load(run.dir)
     assert_same(content.pop("agent"), save.weights)
     optimizers = content.pop("optimizers")
+    versions = content.pop("versions")
+    assert versions["torch"] == torch.__version__ and len(versions) == 4
     assert content == save.progress
     assert optimizers.keys() == run.agent.optimizers.keys()
     for key, optimizer in optimizers.items():
@@ -613,19 +618,22 @@ def frames_to_learn_from(run, phase):
 
 
 @BOTH
-def test_best_pt_is_the_agent_at_its_highest_return_also_of_a_resumed_run(name, tmp_path, monkeypatch):
+def test_best_pt_is_the_agent_of_the_highest_score_and_of_equals_the_later_also_of_a_resumed_run(
+    name, tmp_path, monkeypatch
+):
     script, flags = flags_of(name, "env")
     phase = 24 if name == "sac" else 60
-    seen, returns = [], iter([-5.0, -1.0, -2.0, 3.0, 2.5, 2.9, 2.0, 7.0, 6.0])
+    scores = [(-5, 0), (-1, 0), (-1, -9), (3, -9), (2.5, 0), (2.9, 0), (2, 0), (3, -8), (3, -8), (3, -9)]
+    seen, scores = [], iter(scores)
 
     def evaluate_goals(args, run, agent, global_step):
-        seen.append((next(returns), global_step, clone(agent.state_dict())))
-        return {"eval/env_return": seen[-1][0]}, seen[-1][0]
+        seen.append((next(scores), global_step, clone(agent.state_dict())))
+        return {"eval/env_return": seen[-1][0][0]}, seen[-1][0]
 
     def check(best, n):
         assert len(seen) == n
         saved, latest = load(tmp_path / "run", "best.pt"), load(tmp_path / "run")
-        assert saved["best_return"] == latest["best_return"] == seen[best][0]
+        assert saved["best_score"] == latest["best_score"] == seen[best][0]
         assert saved["global_step"] == seen[best][1] == (best + 1) * phase and latest["global_step"] == n * phase
         assert_same(saved["agent"], seen[best][2])
         assert_same(latest["agent"], seen[-1][2])
@@ -638,7 +646,7 @@ def test_best_pt_is_the_agent_at_its_highest_return_also_of_a_resumed_run(name, 
     script.train(script.Args(**flags | dict(run_dir=tmp_path / "run", total_timesteps=5 * phase)))
     check(best=3, n=5)
     assert any(not torch.equal(seen[3][2][key], seen[4][2][key]) for key in seen[3][2])
-    for best, n in ((3, 7), (7, 9)):
+    for best, n in ((3, 7), (8, 10)):
         script.train(script.Args(**flags | dict(resume=tmp_path / "run", total_timesteps=n * phase)))
         check(best, n)
 

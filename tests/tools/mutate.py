@@ -33,7 +33,7 @@ both | the reward of goal 0 for all goals | rewards, goal_ids[..., None], -1) =>
 ppo | the policy sees goal 0 | torch.from_numpy(goal_id).to(device)) => torch.from_numpy(0 * goal_id).to(device))
 ppo | no gradient clipping | nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm) => pass
 ppo | no reward scaling | if args.normalize_reward: => if False:
-both | best.pt keeps the worst | mean_return > best_return => not mean_return > best_return > -1e9
+both | best.pt keeps the worst | score >= best_score => not score >= best_score > (-1e9, 0.0)
 sac | n-step bootstraps from the wrong state | "next_states": reached => "next_states": next_states
 sac | terminated is always false | next_states, terminated, ended) => next_states, terminated & False, ended)
 sac | gamma is hard-coded | (*outcome, args.gamma, => (*outcome, 0.98,
@@ -41,7 +41,10 @@ sac | relabel is not passed on | (args.batch_size, args.relabel) => (args.batch_
 sac | the normaliser is never updated | agent.normalizer.update(torch => (torch
 sac | acts for goal 0 | agent.act(state, goal_id) => agent.act(state, 0 * goal_id)
 both | evaluation is not deterministic | goal_id), deterministic=True) => goal_id))
-both | best.pt is the latest | best_return = mean_return => best_return = -math.inf
+both | best.pt is the latest | best_score = score => best_score = (-math.inf, 0.0)
+both | best.pt keeps the earliest of equals | score >= best_score => score > best_score
+both | the slower of equals is as good | if args.terminate_on_success else 0.0) => if False else 0.0)
+both | versions are not kept | "versions": VERSIONS} => "versions": {}}
 both | networks of another seed | torch.manual_seed(args.seed) => torch.manual_seed(0)
 both | noise depends on what was before | torch.manual_seed(torch_seed) => pass
 both | every phase has the same starts | args.seed, 0, first_step, n= => args.seed, 0, 0, n=
@@ -56,7 +59,7 @@ both | a checkpoint each phase | > first_step // args.checkpoint_every => > 0 * 
 both | the learning rate stays | (1.0 - first_step / args.total_timesteps) => 1.0
 both | the learning rate is annealed unasked | if args.anneal_lr: => if True:
 both | the learning rate is the next phase's | (1.0 - first_step / args => (1.0 - global_step / args
-both | a resumed run forgets its best return | run.saved["best_return"] => -math.inf
+both | a resumed run forgets its best return | run.saved["best_score"] => (-math.inf, 0.0)
 sac | updates from the first phase on | if global_step >= args.learning_starts: => if True:
 sac | learning starts a phase late | if global_step >= args.learning_starts: => if global_step > args.learning_starts:
 sac | timid exploration | np_rng.uniform(-1.0, 1.0, => np_rng.uniform(-0.5, 0.5,
