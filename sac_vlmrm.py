@@ -179,7 +179,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     gamma: Share = 0.98
     """discount factor; 0.98 sees 50 steps ahead, about as long as a kneeling humanoid takes to tip over"""
     n_step: Count = 5
-    """rewards summed before the critics bootstrap, uncorrected for the newer policy; --terminate-on-success needs 1"""
+    """rewards summed before the critics bootstrap, uncorrected for the newer policy, or for another goal's where
+    --relabel swaps it (one-step targets for those learned slower, see the README); --terminate-on-success needs 1"""
     tau: Share = 0.005
     """share of the critics that moves into their targets at each update"""
     buffer_size: Count = 1_000_000

@@ -83,6 +83,20 @@ def test_a_held_out_goal_competes_with_what_is_trained_on_and_not_with_other_hel
     assert reward(torch.stack([x, y, z]), [0, 1, 2]).tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
 
 
+@pytest.mark.parametrize("kind", ["binary", "regularized"])
+@BOTH
+def test_templates_that_agree_more_win_no_softmax(script, flags, kind):
+    """The mean embedding of an ensemble is shorter the less its parts agree; the frame is as near to both goals."""
+    text = {"agreed": (0.25, 0.9682, 0), "scattered": (0.25, 0, 0.9682), "robot": (1, 0, 0)}
+    lengths = {"agreed": 0.95, "scattered": 0.93, "robot": 1.0}
+    means = {name: lengths[name] * torch.tensor(x, dtype=torch.float32) for name, x in text.items()}
+    clip = SimpleNamespace(encode_text=lambda prompts, _: torch.stack([means[prompt] for prompt in prompts]))
+    clip.encode_images = lambda frames: frames
+    args = script.Args(reward=kind, goal=("agreed", "scattered"), baseline="robot", temperature=0.01, threshold=0.45)
+    agreed, scattered = script.ClipReward(args, clip)(torch.tensor([[1.0, 0.0, 0.0]]), [0, 1])[0]
+    assert (agreed == scattered == 1) if kind == "binary" else agreed != scattered  # VLM-RM's is as its code has it
+
+
 @BOTH
 def test_termination_on_success_ends_an_episode_where_the_reward_is_1(script, flags, tmp_path):
     easy = script.train(

@@ -39,6 +39,14 @@ from reward_only_eval import (
 # ---- EPIC and the other metrics
 
 
+def test_templates_that_agree_more_win_no_softmax():
+    goal, baseline, negative = torch.tensor([[0.25, 0.9682, 0], [1, 0, 0], [0.25, 0, 0.9682]])
+    prompts = torch.stack([0.95 * goal, baseline, 0.93 * negative])
+    args = reward_only_eval.Args(temperature=0.01, threshold=0.5)
+    _, scores = reward_only_eval.rewards_of(torch.tensor([[1.0, 0, 0]]), prompts, None, args)
+    assert scores[0] == pytest.approx(0.5, abs=1e-4)
+
+
 def test_epic_distance_is_its_definition():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 50).astype(float)
