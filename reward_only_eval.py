@@ -112,8 +112,8 @@ class Args:
     """VLM-RM's CLIP reward, or VLM-SR's"""
     negatives: tuple[str, ...] = ()
     """prompts that a goal competes with in the binary reward, beside the other goals"""
-    temperature: Positive = 0.01
-    """of the binary reward's softmax over cosines; CLIP models are trained with about 0.01"""
+    temperature: Positive | None = None
+    """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
     """the binary reward is 1 where the goal's probability is above this"""
 
@@ -125,7 +125,8 @@ class Args:
     clip_batch_size: Count = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
+    """of the weights and the encoders' autocast; auto is fp32 on CPU and on CUDA fp16, as in VLM-RM, or where that
+    overflows bf16; bf16 moves rewards more"""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
     """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
@@ -171,7 +172,8 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
         r = 1[p(l | o) > threshold]
 
     Takes L2-normalised embeddings of frames f(o) [N, D], goals [G, D] and negatives [M, D], M may be 0: each goal is a
-    negative of the others. Returns 0 or 1 for every frame and goal, [N, G].
+    negative of the others. Returns 0 or 1 for every frame and goal, [N, G]. A SigLIP model's bias, the same for all
+    prompts, cancels.
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
@@ -191,30 +193,41 @@ class CLIP:
     """
 
     def __init__(self, source, device, precision="auto", batch_size=256):
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
         if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+            self.precision = "fp16" if self.device.type == "cuda" else "fp32"
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        self.model = open_clip.create_model(**source.model, device=self.device, require_pretrained=True)
+        settings = {"device": self.device, "precision": self.precision, "require_pretrained": True}
+        self.model = open_clip.create_model(**source.model, **settings)
         self.model.eval().requires_grad_(False)
+        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
         self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
         self.transform = image_transform_v2(source.config, is_train=False)
         self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
+        if precision == "auto" and self.precision == "fp16":
+            noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
+            if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
+                self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
         """Embeds each prompt as the mean over its templated, normalised embeddings: [prompts, D] float32.
 
-        As in VLM-RM's code, the mean of an ensemble is not normalised again.
+        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that ends in
+        .png, .jpg or .jpeg is embedded as the image in that file.
         """
         texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
             embeddings = self.model.encode_text(self.tokenizer(texts).to(self.device))
         embeddings = F.normalize(embeddings.float(), dim=-1)
-        return embeddings.view(len(prompts), len(templates), -1).mean(1)
+        embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
+        for i, prompt in enumerate(prompts):
+            if prompt.endswith((".png", ".jpg", ".jpeg")):
+                embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
+        return embeddings
 
     @torch.no_grad()
     def encode_images(self, frames):
@@ -654,7 +667,7 @@ class Variant:
     rank_correlation: dict = field(default_factory=dict)  # sweep -> Spearman's with the progress towards the goal
 
 
-def rewards_of(frames, prompts, alpha, args):
+def rewards_of(frames, prompts, alpha, temperature, threshold):
     """The rewards that are trained on, and the scores that rank the frames, [N] each.
 
     `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
@@ -664,8 +677,8 @@ def rewards_of(frames, prompts, alpha, args):
     goal_embeddings = prompts[:1]
     negatives = prompts[2:]
     if alpha is None:
-        rewards = binary_reward(frames, goal_embeddings, negatives, args.temperature, args.threshold)
-        scores = goal_probability(frames, goal_embeddings, negatives, args.temperature)
+        rewards = binary_reward(frames, goal_embeddings, negatives, temperature, threshold)
+        scores = goal_probability(frames, goal_embeddings, negatives, temperature)
     else:
         chunks = [regularized_reward(chunk, goal_embeddings, prompts[1], alpha) for chunk in frames.split(4096)]
         rewards = torch.cat(chunks)
@@ -682,6 +695,7 @@ def make_variants(models, embeddings, args):
     variants = []
     for clip, model, frames in zip(args.clip, models, embeddings, strict=True):
         parameters = sum(p.numel() for p in model.model.parameters())
+        limits = args.temperature or model.temperature, args.threshold
         for goal, template in itertools.product(args.goal, templates):
             negatives = [prompt for prompt in args.negatives if prompt != goal]
             prompts = model.encode_text([goal, args.baseline, *negatives], templates[template]).cpu()
@@ -693,7 +707,7 @@ def make_variants(models, embeddings, args):
                 if len(templates) > 1:
                     name += f", template {list(templates).index(template) + 1}"
                 threshold = args.threshold if alpha is None else None
-                rewards, scores = rewards_of(frames, prompts, alpha, args)
+                rewards, scores = rewards_of(frames, prompts, alpha, *limits)
                 about = (name, formula, clip, parameters, goal, template, alpha, threshold)
                 variants.append(Variant(*about, rewards, scores))
     return variants

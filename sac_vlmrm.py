@@ -110,7 +110,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     env_id: str = "Humanoid-v5"
     """Gymnasium id: continuous actions, `rgb_array` rendering"""
     goal: tuple[str, ...] = ("a humanoid robot kneeling",)
-    """the task, in words that describe the state to reach; several make the policy language-conditioned (VLM-SR)"""
+    """the task, in words that describe the state to reach, or the file of an image of it, .png or .jpg (beyond both
+    papers); several make the policy language-conditioned (VLM-SR)"""
     eval_goal: tuple[str, ...] = ()
     """goals that are only evaluated, or for a regularized reward other words for a trained one; needs several --goal"""
     baseline: str = "a humanoid robot"
@@ -123,8 +124,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     """what is trained on: VLM-RM's CLIP reward, VLM-SR's, or the environment's own (no CLIP, renders only videos)"""
     negatives: tuple[str, ...] = ()
     """prompts that a goal competes with in the binary reward, beside the other goals"""
-    temperature: Positive = 0.01
-    """of the binary reward's softmax over cosines; CLIP models are trained with about 0.01"""
+    temperature: Positive | None = None
+    """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
     """the binary reward is 1 where the goal's probability is above this"""
     terminate_on_success: bool = False
@@ -139,7 +140,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     clip_batch_size: Count = 256
     """frames a CLIP forward pass"""
     clip_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """autocast of the encoders; auto is bf16 on CUDA and fp32 on CPU"""
+    """of the weights and the encoders' autocast; auto is fp32 on CPU and on CUDA fp16, as in VLM-RM, or where that
+    overflows bf16; bf16 moves rewards more"""
     image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
     """frames that are not square: shortest crops, longest pads, squash squeezes (default: the model's own setting)"""
 
@@ -241,7 +243,8 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
         r = 1[p(l | o) > threshold]
 
     Takes L2-normalised embeddings of frames f(o) [N, D], goals [G, D] and negatives [M, D], M may be 0: each goal is a
-    negative of the others. Returns 0 or 1 for every frame and goal, [N, G].
+    negative of the others. Returns 0 or 1 for every frame and goal, [N, G]. A SigLIP model's bias, the same for all
+    prompts, cancels.
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
@@ -255,30 +258,41 @@ class CLIP:
     """
 
     def __init__(self, source, device, precision="auto", batch_size=256):
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
         if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+            self.precision = "fp16" if self.device.type == "cuda" else "fp32"
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        self.model = open_clip.create_model(**source.model, device=self.device, require_pretrained=True)
+        settings = {"device": self.device, "precision": self.precision, "require_pretrained": True}
+        self.model = open_clip.create_model(**source.model, **settings)
         self.model.eval().requires_grad_(False)
+        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
         self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
         self.transform = image_transform_v2(source.config, is_train=False)
         self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
+        if precision == "auto" and self.precision == "fp16":
+            noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
+            if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
+                self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
         """Embeds each prompt as the mean over its templated, normalised embeddings: [prompts, D] float32.
 
-        As in VLM-RM's code, the mean of an ensemble is not normalised again.
+        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that ends in
+        .png, .jpg or .jpeg is embedded as the image in that file.
         """
         texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
             embeddings = self.model.encode_text(self.tokenizer(texts).to(self.device))
         embeddings = F.normalize(embeddings.float(), dim=-1)
-        return embeddings.view(len(prompts), len(templates), -1).mean(1)
+        embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
+        for i, prompt in enumerate(prompts):
+            if prompt.endswith((".png", ".jpg", ".jpeg")):
+                embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
+        return embeddings
 
     @torch.no_grad()
     def encode_images(self, frames):
@@ -319,7 +333,8 @@ class ClipReward:
         if args.reward == "regularized":
             rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
         else:  # the goals compete with each other and the negatives; each held-out one does with all of them
-            others, limits = torch.cat([self.goals, self.negatives]), (args.temperature, args.threshold)
+            others = torch.cat([self.goals, self.negatives])
+            limits = args.temperature or self.clip.temperature, args.threshold
             rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
             rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
             rewards = torch.cat(rewards, 1)
@@ -823,6 +838,13 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
 
 
+def drop_text_tower(model):
+    """Frees what an open_clip model needs for text alone; CoCa's captions too."""
+    for name in ("text", "text_decoder", "transformer", "token_embedding"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
 def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
@@ -1062,6 +1084,10 @@ def start_run(args):
                 warn_of_rewards(args, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
+                drop_text_tower(run.reward.clip.model)
+                args.clip_precision = (
+                    run.reward.clip.precision
+                )  # what auto became goes into args.json: a resume keeps it
             if not run.dir:
                 run.dir = make_run_dir(args)
                 stack.enter_context(FileLock(run.dir / "lock", timeout=0))

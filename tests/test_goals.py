@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from conftest import KNEELING, LYING, TINY_CLIP, make_clip, run, values
+from conftest import KNEELING, LYING, TINY_CLIP, make_clip, one_line, run, values
 from conftest import unit as numpy_unit
 
 import ppo_vlmrm
@@ -34,6 +34,50 @@ BOTH = pytest.mark.parametrize("script,flags", [(sac_vlmrm, SAC), (ppo_vlmrm, PP
 
 def unit(rng, *shape):
     return torch.from_numpy(numpy_unit(rng, *shape))
+
+
+# ---- images, precision, temperature
+
+
+def test_an_image_is_a_goal(clip, kneeling_frame, tmp_path):
+    image = f"{TINY_CLIP}/kneeling.png"
+    reward = sac_vlmrm.ClipReward(sac_vlmrm.Args(goal=(image, LYING), template=("{}", "a photo of {}")), clip)
+    of_the_image, of_lying = reward(kneeling_frame[None], [0, 1])[0]
+    assert of_the_image == pytest.approx(1.0, abs=1e-5) and of_lying < 0.5
+    result = run(
+        "sac_vlmrm", **SAC | dict(goal=(image, LYING), num_envs=2, total_timesteps=20, run_dir=tmp_path / "run")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no-such-file.png" in one_line(run("sac_vlmrm", **SHORT, goal="no-such-file.png", run_dir=tmp_path / "none"))
+
+
+@BOTH
+def test_what_auto_precision_became_is_kept_and_the_text_tower_is_not(script, flags, tmp_path, monkeypatch):
+    towers = []
+
+    def drop(model, drop=script.drop_text_tower):
+        frames = torch.rand(2, 3, 96, 96)
+        before = sum(p.numel() for p in model.parameters()), model.encode_image(frames)
+        drop(model)
+        towers.append((before[0], sum(p.numel() for p in model.parameters())))
+        torch.testing.assert_close(model.encode_image(frames), before[1], rtol=0, atol=0)
+
+    monkeypatch.setattr(script, "drop_text_tower", drop)
+    run_dir = script.train(script.Args(**flags | dict(num_envs=2, total_timesteps=20, run_dir=tmp_path / "run")))
+    assert json.loads((run_dir / "args.json").read_text())["clip_precision"] == "fp32"
+    assert towers[0][1] < 0.3 * towers[0][0]
+
+
+def test_the_temperature_is_the_models_own_unless_given(clip):
+    frames = torch.randint(256, (64, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    goals = dict(reward="binary", goal=(KNEELING, LYING), threshold=0.8)
+    own = sac_vlmrm.ClipReward(sac_vlmrm.Args(**goals), clip)(frames, [0, 1])
+    scale = float(clip.model.logit_scale.exp())
+    given = [
+        sac_vlmrm.ClipReward(sac_vlmrm.Args(**goals, temperature=t), clip)(frames, [0, 1]) for t in (1 / scale, 1e-3)
+    ]
+    np.testing.assert_array_equal(own, given[0])
+    assert (own != given[1]).any()
 
 
 # ---- the binary reward
@@ -79,6 +123,7 @@ def test_a_held_out_goal_competes_with_what_is_trained_on_and_not_with_other_hel
     clip = SimpleNamespace(encode_text=lambda prompts, _: torch.stack([text[prompt] for prompt in prompts]))
     clip.encode_images = lambda frames: frames
     prompts = dict(goal=("trained",), eval_goal=("held out", "the same"), negatives=("negative",), baseline="robot")
+    prompts["temperature"] = 0.01
     reward = script.ClipReward(script.Args(reward="binary", **prompts), clip)
     assert reward(torch.stack([x, y, z]), [0, 1, 2]).tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
 
@@ -258,7 +303,7 @@ OUT_OF_RANGE = {
     "negative rate": (["--learning-rate", "-1"], "--learning-rate: must be >0"),
     "negative seed": (["--seed", "-1"], "--seed: must be >=0"),
     "count": (["--num-envs", "0"], "--num-envs: must be >=1"),
-    "temperature": (["--temperature", "0"], "--temperature: must be >0"),
+    "temperature": (["--temperature", "0"], "must be >0"),
     "threshold": (["--threshold", "1.5"], "--threshold: must be >=0, <=1"),
     "alpha": (["--alpha", "1.5"], "--alpha: must be >=0, <=1"),
 }

@@ -42,8 +42,7 @@ from reward_only_eval import (
 def test_templates_that_agree_more_win_no_softmax():
     goal, baseline, negative = torch.tensor([[0.25, 0.9682, 0], [1, 0, 0], [0.25, 0, 0.9682]])
     prompts = torch.stack([0.95 * goal, baseline, 0.93 * negative])
-    args = reward_only_eval.Args(temperature=0.01, threshold=0.5)
-    _, scores = reward_only_eval.rewards_of(torch.tensor([[1.0, 0, 0]]), prompts, None, args)
+    _, scores = reward_only_eval.rewards_of(torch.tensor([[1.0, 0, 0]]), prompts, None, 0.01, 0.5)
     assert scores[0] == pytest.approx(0.5, abs=1e-4)
 
 
