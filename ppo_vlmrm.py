@@ -15,6 +15,7 @@ cited as VLM-SR, whose agent is conditioned on its goal's text.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
+#     "transformers==5.24.0", "sentencepiece==0.2.3",
 #     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
 #     "imageio==2.37.0", "imageio-ffmpeg==0.6.0", "filelock==4.2.12", "numpy==2.4.6", "pillow==13.0.0",
 # ]
@@ -197,7 +198,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     normalize_obs: bool = True
     """scale observations by their running mean and standard deviation, clipped to +-10; frozen in evaluation"""
     normalize_reward: bool = True
-    """scale rewards by the running standard deviation of the discounted return, clipped to +-10"""
+    """scale rewards by the running standard deviation of the discounted return, clipped to +-10; a CLIP reward's mean
+    is taken out first"""
 
 
 # VLM-RM's humanoid, which it trained with SAC: those of its settings that are not SAC's, else CleanRL's. The defaults
@@ -451,6 +453,7 @@ class PPO(nn.Module):
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.first_action = int(action_space.start) if self.discrete else 0
         self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
+        self.reward_stats = RunningNorm(1)  # for its mean
         self.return_stats = RunningNorm(1)  # of the discounted return, for its variance
         self.register_buffer("goals", torch.zeros(1, 0) if goals is None else goals)
         input_dim = state_dim + self.goals.shape[1]
@@ -494,7 +497,14 @@ class PPO(nn.Module):
         return self.to_env(policy.probs.argmax(-1) if self.discrete else policy.mean)
 
     def scale_rewards(self, rewards, ended):
-        """Rewards [T, N] over the standard deviation of the discounted return, whose statistics they join first."""
+        """Rewards [T, N] over the standard deviation of the discounted return, whose statistics they join first.
+
+        A CLIP reward also loses its mean: the return of a cosine that moves a little around 0.25 would vary most with
+        the time that is left. Not where episodes may end early: ending would be worth more or less than before.
+        """
+        if self.args.reward == "regularized" and not self.args.early_termination:
+            self.reward_stats.update(rewards.reshape(-1, 1))
+            rewards = rewards - self.reward_stats.mean.float()
         returns, discounted = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
         for t in range(len(rewards)):
             returns[t] = discounted = rewards[t] + self.args.gamma * discounted

@@ -15,6 +15,7 @@ precision and recall ("Vision-Language Models as a Source of Rewards", 2023, arX
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
+#     "transformers==5.24.0", "sentencepiece==0.2.3",
 #     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tqdm==4.70.1", "imageio==2.37.0", "imageio-ffmpeg==0.6.0",
 #     "numpy==2.4.6", "pillow==13.0.0", "pandas==3.1.1", "scipy==1.17.1", "scikit-learn==1.9.1", "matplotlib==3.11.2",
 # ]

@@ -15,6 +15,7 @@ reward of Baumli et al., "Vision-Language Models as a Source of Rewards" (2023, 
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.15.0", "torchvision==0.29.2", "open_clip_torch==3.3.0", "huggingface_hub==2.4.0",
+#     "transformers==5.24.0", "sentencepiece==0.2.3",
 #     "gymnasium==1.4.0", "mujoco==4.0.0", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
 #     "imageio==2.37.0", "imageio-ffmpeg==0.6.0", "filelock==4.2.12", "numpy==2.4.6", "pillow==13.0.0",
 # ]
@@ -193,6 +194,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     """the entropy coefficient, or where its tuning starts; from 1 it outweighs a CLIP reward for a long time"""
     normalize_obs: bool = True
     """scale observations by their running mean and standard deviation, clipped to +-10; frozen in evaluation"""
+    normalize_reward: bool = True
+    """scale and shift the CLIP reward by its running statistics; what is logged and stored stays raw"""
     relabel: Share = 0.5
     """with several goals, share of a batch whose goal is swapped for another one, with that goal's reward"""
 
@@ -214,6 +217,7 @@ PRESETS = {
         tau=0.005,  # its table; ours the same
         ent_coef=1.0,  # where Stable-Baselines3's "auto" starts; ours 0.003
         normalize_obs=False,  # Stable-Baselines3's; ours are scaled
+        normalize_reward=False,  # Stable-Baselines3's; ours is scaled
     )
 }
 
@@ -486,6 +490,7 @@ class SAC(nn.Module):
         super().__init__()
         self.args, self.target_entropy = args, -float(action_dim)
         self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
+        self.reward_stats = RunningNorm(len(args.goal))  # of each goal's reward, over all frames
         self.register_buffer("goals", torch.zeros(1, 0) if goals is None else goals)
         input_dim = state_dim + self.goals.shape[1]
         self.actor = Actor(input_dim, action_dim)
@@ -523,7 +528,7 @@ class SAC(nn.Module):
             discounts = batch["discounts"]
             if self.args.terminate_on_success:
                 discounts = discounts * (1.0 - batch["rewards"])  # success at the batch's goal, swapped or not
-            target = batch["rewards"] + discounts * next_q  # [B]
+            target = self.scaled_rewards(batch) + discounts * next_q  # [B]
         q = self.critic(states, batch["actions"])  # [2, B]
         critic_loss = (q - target).square().mean(1).sum()
         self.gradient_step("critic", critic_loss)
@@ -543,6 +548,22 @@ class SAC(nn.Module):
                 slow.lerp_(parameter, self.args.tau)
         losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
         return losses | {"q_values": q.detach().mean(), "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
+
+    def scaled_rewards(self, batch):
+        """A batch's n-step returns [B], as if a step's reward had a standard deviation of 0.2 and a mean of 0.
+
+        The cosines of a pretrained CLIP move within a few hundredths, far from 0: the entropy bonus would outweigh what
+        there is to gain, and the critics would first have to learn a large constant. The mean is left in where episodes
+        may end early, since without it ending would be worth more or less than before.
+        """
+        args, returns = self.args, batch["rewards"]
+        if args.normalize_reward and args.reward == "regularized":
+            mean, var = (x.float()[batch["goal_ids"]] for x in (self.reward_stats.mean, self.reward_stats.var))
+            if not args.early_termination and args.gamma < 1.0:
+                steps = (1.0 - batch["discounts"]) / (1.0 - args.gamma)  # 1 + gamma + ..., n terms or fewer
+                returns = returns - mean * steps
+            returns = 0.2 * returns * (var + 1e-8).rsqrt()
+        return returns
 
     def gradient_step(self, name, loss):
         self.optimizers[name].zero_grad()
@@ -699,6 +720,7 @@ def train(args):
             transitions = {"states": states, "actions": actions, "rewards": returns, "next_states": reached}
             transitions |= {"discounts": discounts, "goal_ids": goal_ids}
             buffer.add(**{name: torch.from_numpy(x).flatten(0, 1) for name, x in transitions.items()})
+            agent.reward_stats.update(torch.from_numpy(rewards).flatten(0, 1).to(device))
             if args.normalize_obs:
                 agent.normalizer.update(torch.from_numpy(states).flatten(0, 1).to(device))
             if args.anneal_lr:

@@ -131,12 +131,25 @@ def test_loss_matches_the_clipped_objective_written_out(discrete):
 
 
 def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return():
-    agent = PPO(Args(gamma=0.5), 3, gym.spaces.Box(-1, 1, (1,)))
+    agent = PPO(Args(gamma=0.5, early_termination=True), 3, gym.spaces.Box(-1, 1, (1,)))
     rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     ended = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
     scaled = agent.scale_rewards(rewards, ended)
     returns = np.array([1.0, 2.5, 3.0, 5.5])  # it starts anew after the second step
     np.testing.assert_allclose(scaled.numpy(), rewards.numpy() / returns.std(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reward,differs", [("regularized", False), ("env", True)])
+def test_scaled_rewards_do_not_depend_on_the_scale_and_the_offset_of_a_clip_reward(reward, differs):
+    rng, ended = np.random.default_rng(0), torch.zeros(20, 4)
+    ended[9::10] = 1.0
+    agents = [PPO(Args(gamma=0.9, reward=reward), 3, gym.spaces.Box(-1, 1, (1,))) for _ in range(2)]
+    for _ in range(3):
+        rewards = torch.from_numpy(rng.normal(0.3, 0.2, (20, 4)).astype(np.float32))
+        one, other = (
+            agent.scale_rewards(r, ended) for agent, r in zip(agents, (rewards, 0.05 * rewards + 0.22), strict=True)
+        )
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) != differs
 
 
 def test_actions_stay_in_bounds_and_are_the_mode_when_deterministic():

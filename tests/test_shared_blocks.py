@@ -14,7 +14,7 @@ PAIRS = list(itertools.combinations(SCRIPTS, 2))
 # What has the same name but is a script's own: its flags, its networks, its loop.
 OWN = {"Args", "PRESETS", "ACTION_SPACES", "mlp", "train", "make_agent", "check_algorithm", "main"}
 # Hyperparameters of each algorithm, and how many frames it needs.
-OWN_FLAGS = {"learning_rate", "anneal_lr", "gamma", "ent_coef", "total_timesteps", "eval_every"}
+OWN_FLAGS = {"learning_rate", "anneal_lr", "gamma", "ent_coef", "total_timesteps", "eval_every", "normalize_reward"}
 
 
 def blocks(source):

@@ -118,7 +118,7 @@ class FakeCLIP:
     """Stands in for the scripts' CLIP."""
 
     def __init__(self, *_):
-        pass
+        self.model, self.precision = torch.nn.Module(), "fp32"
 
     def encode_text(self, prompts, _):
         return torch.from_numpy(embed_text(prompts)).float()
@@ -702,6 +702,10 @@ def test_statistics_are_those_of_the_collected_states(recording, case):
     for phase in range(run.phases):
         before, after = follow(run, phase).weights, run.of("weights", phase=phase)[0].weights
         updates = run.of("update", phase=phase)
+        rewards = np.concatenate([follow(run, k).rewards.reshape(-1, len(run.args.goal)) for k in range(phase + 1)])
+        assert after["reward_stats.count"] == len(rewards)
+        assert_close(after["reward_stats.mean"], rewards.mean(0), rtol=1e-5, atol=1e-6)
+        assert_close(after["reward_stats.var"], rewards.var(0), rtol=1e-5, atol=1e-6)
         for weights, phases in ((before, phase), (after, phase + 1), *((e.before, phase + 1) for e in updates)):
             if not run.args.normalize_obs:
                 assert not any(key.startswith("normalizer") for key in weights)
@@ -869,6 +873,7 @@ def test_statistics_are_those_of_the_collected_states_and_of_the_discounted_retu
     for phase in range(run.phases):
         weights = run.of("weights", phase=phase)[0].weights
         states, returns = collected(run, phase + 1), discounted_returns(run, phase + 1)
+        assert weights["reward_stats.count"] == 0  # only where episodes never end early
         if run.args.normalize_obs:
             assert weights["normalizer.count"] == len(states)
             assert_close(weights["normalizer.mean"], states.mean(0), rtol=1e-6, atol=1e-6)
