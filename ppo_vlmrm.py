@@ -273,6 +273,7 @@ class CLIP:
         if precision == "auto" and self.precision == "fp16":
             noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
+                del self.model
                 self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
 
     @torch.no_grad()
@@ -1040,9 +1041,7 @@ def start_run(args):
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
                 drop_text_tower(run.reward.clip.model)
-                args.clip_precision = (
-                    run.reward.clip.precision
-                )  # what auto became goes into args.json: a resume keeps it
+                args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
             if not run.dir:
                 run.dir = make_run_dir(args)
                 stack.enter_context(FileLock(run.dir / "lock", timeout=0))
@@ -1173,10 +1172,10 @@ def evaluate(args, run, agent, goal_id, seeds):
             state = step.pop("state")
             steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
             alive &= ~terminated
-            if terminated.any():  # Gymnasium leaves it undefined what a further step does; what follows counts nothing
-                state = envs.reset(options={"reset_mask": terminated})[0]["state"]
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
+            if terminated.any():  # Gymnasium leaves it undefined what a further step does; what follows counts nothing
+                state = envs.reset(options={"reset_mask": terminated})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels, alive = steps.pop("pixels"), steps["alive"]
         if run.reward:

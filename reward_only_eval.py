@@ -211,6 +211,7 @@ class CLIP:
         if precision == "auto" and self.precision == "fp16":
             noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
+                del self.model
                 self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
 
     @torch.no_grad()

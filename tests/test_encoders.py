@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from sac_vlmrm import CLIP, find_clip
+from sac_vlmrm import CLIP, drop_text_tower, find_clip
 
 PROMPTS = ["a humanoid robot kneeling", "a Humanoid robot, lying on its back", "pole and cart"]
 VIT = dict(width=64, head_width=32, layers=2)
@@ -121,6 +121,14 @@ def test_embeddings_of_each_family_are_open_clips_own(tmp_path, monkeypatch, arc
                 frames = coloured_tiles(*size)
                 images = torch.stack([transform(Image.fromarray(frame)) for frame in frames])
                 assert_same_and_distinct(clip.encode_images(frames), model.encode_image(images, normalize=True))
+
+    prompts, images = clip.encode_text(PROMPTS), clip.encode_images(frames)
+    for precision, error in (("fp16", 1e-3), ("bf16", 1e-2)):
+        half = CLIP(source, "cpu", precision=precision)
+        torch.testing.assert_close(half.encode_text(PROMPTS), prompts, rtol=0, atol=error)
+        torch.testing.assert_close(half.encode_images(frames), images, rtol=0, atol=error)
+    drop_text_tower(clip.model)
+    torch.testing.assert_close(clip.encode_images(frames), images, rtol=0, atol=0)
 
 
 class HubHandler(BaseHTTPRequestHandler):
