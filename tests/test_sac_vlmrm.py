@@ -2,7 +2,9 @@
 
 import copy
 import json
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio
@@ -555,14 +557,18 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("flags,named", BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path):
+def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path, monkeypatch, capsys):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    offline = {}
+    where = [] if {"--run-dir", "--resume", "--play"} & set(flags) else ["--run-dir", tmp_path / "run"]
     if "ViT-B-32" in flags:  # an empty cache, and a hub that does not answer
         offline = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://localhost:9", "XDG_CACHE_HOME": str(tmp_path)}
-    where = [] if {"--run-dir", "--resume", "--play"} & set(flags) else ["--run-dir", tmp_path / "run"]
-    assert named in one_line(run("sac_vlmrm", *where, *flags, env=offline))
+        assert named in one_line(run("sac_vlmrm", *where, *flags, env=offline))
+        return
+    monkeypatch.setattr("sys.argv", ["sac_vlmrm.py", *map(str, where), *flags])
+    with pytest.raises(SystemExit) as stopped:  # as the command would, without the seconds that its imports take
+        runpy.run_path(str(ROOT / "sac_vlmrm.py"), run_name="__main__")
+    assert named in one_line(SimpleNamespace(returncode=stopped.value.code, stderr=capsys.readouterr().err))
 
 
 def test_traceback_shows_the_whole_error(tmp_path):
