@@ -681,7 +681,7 @@ def train(args):
                 results, score = evaluate_goals(args, run, agent, global_step)
                 charts |= results
                 if score >= best_score:  # in evaluation; VLM-RM takes the highest return in training
-                    best_score = score  # of equals the later one, which has learned more
+                    best_score = score  # of equals the later one: a reward that saturates would keep a beginner
                     save("best.pt")
             clock.append(time.perf_counter())
             log_phase(run, charts, losses, clock, global_step)
@@ -1401,5 +1401,5 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         print(f"results in {play(arguments) if arguments.play else train(arguments)}")
-    except (RunError, OSError) as error:  # OSError: nothing more can be written
+    except (RunError, OSError) as error:  # OSError: a full disk, say
         sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")
