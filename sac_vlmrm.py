@@ -61,7 +61,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
@@ -1083,7 +1083,7 @@ def start_run(args):
             check_algorithm(args)
             run.dir = args.play or args.resume
             if args.resume:
-                stack.enter_context(FileLock(run.dir / "lock", timeout=0))
+                stack.enter_context(lock_run_dir(run.dir))
             if run.dir:
                 run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
             if args.resume and run.saved["versions"] != VERSIONS:
@@ -1111,7 +1111,7 @@ def start_run(args):
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
             if not run.dir:
                 run.dir = make_run_dir(args)
-                stack.enter_context(FileLock(run.dir / "lock", timeout=0))
+                stack.enter_context(lock_run_dir(run.dir))
             for name in ("videos", "rollouts"):
                 (run.dir / name).mkdir(exist_ok=True)
             if not args.play:
@@ -1133,6 +1133,14 @@ def make_run_dir(args):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
+
+
+def lock_run_dir(folder):
+    """Context that keeps other processes out of a run's folder; ValueError if one is there. A kill ends it too."""
+    try:
+        return FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process runs in {folder}: wait for its end, or choose another --run-dir") from None
 
 
 @contextlib.contextmanager
