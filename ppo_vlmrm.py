@@ -64,6 +64,7 @@ from filelock import FileLock, Timeout
 from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from OpenGL import GL
 from PIL import Image, ImageDraw
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -325,19 +326,40 @@ class ClipReward:
         self.goals, self.held_out, self.negatives, baseline = embeddings.split(sizes)
         self.baseline = baseline[0]  # [D]
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
+        self.chunks = []  # rewards of the chunks of a phase that were scored already
+        self.ahead, self.on_stream = clip.device.type == "cuda", contextlib.nullcontext()
+        if self.ahead:
+            stream = torch.cuda.Stream(clip.device)
+            stream.wait_stream(torch.cuda.current_stream(clip.device))  # for the embeddings above
+            self.on_stream = torch.cuda.stream(stream)
 
     def __call__(self, frames, goal_ids):
         """Rewards [n, len(goal_ids)] of frames uint8 [n, H, W, 3], all from one pass of the image encoder."""
-        args, embeddings = self.args, self.clip.encode_images(frames)
-        if args.reward == "regularized":
-            rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
-        else:  # the goals compete with each other and the negatives; each held-out one does with all of them
-            others = torch.cat([self.goals, self.negatives])
-            limits = args.temperature or self.clip.temperature, args.threshold
-            rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
-            rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
-            rewards = torch.cat(rewards, 1)
-        return rewards[:, list(goal_ids)].cpu().numpy()
+        self.score(frames)
+        with self.on_stream:
+            rewards = torch.cat(self.chunks)[:, list(goal_ids)].cpu()  # waits for the device
+        self.chunks = []
+        return rewards.numpy()
+
+    def score_ahead(self, frames):
+        """On CUDA, scores the first frames of a phase while the environments go on: the whole chunks that are new."""
+        if self.ahead:
+            self.score(frames[: len(frames) // self.clip.batch_size * self.clip.batch_size])
+
+    def score(self, frames):
+        """Appends to `chunks` the rewards [n, G + E] of those chunks of frames that are not among them yet."""
+        args, size = self.args, self.clip.batch_size
+        with self.on_stream:  # on a GPU beside the policy's kernels, which would else wait for these
+            for start in range(size * len(self.chunks), len(frames), size):
+                embeddings = self.clip.encode_images(frames[start : start + size])
+                if args.reward == "regularized":
+                    rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)]
+                else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+                    others = torch.cat([self.goals, self.negatives])
+                    limits = args.temperature or self.clip.temperature, args.threshold
+                    rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
+                    rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
+                self.chunks.append(torch.cat(rewards, 1))
 
 
 def goal_inputs(goal_embeddings, n_trained):
@@ -401,6 +423,10 @@ class RenderedEnv(gym.Wrapper):
         except Exception as error:
             raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
         return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
+
+    def drawn_by(self):
+        """OpenGL's name of what draws MuJoCo's frames, or None."""
+        return GL.glGetString(GL.GL_RENDERER).decode() if self.renderer else None
 
     def close(self):
         if self.renderer:
@@ -582,7 +608,10 @@ def train(args):
         rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
         env_rewards = np.empty(shape, np.float32)
         terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
-        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if clip_reward else None
+        if clip_reward:  # frames go to a GPU from pinned memory
+            pinned = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
+            pixels = torch.empty((*shape, *run.frame_shape), **pinned).numpy()
+            frames = pixels.reshape(-1, *run.frame_shape)  # the same memory, [T * N, H, W, 3]
         inputs = torch.empty((*shape, run.state_dim + agent.goals.shape[1]), device=device)
         action_dtype = torch.int64 if agent.discrete else torch.float32
         actions = torch.empty((*shape, *run.action_space.shape), dtype=action_dtype, device=device)
@@ -620,6 +649,8 @@ def train(args):
                 if args.terminate_on_success:
                     rewards[t] = clip_reward(pixels[t], range(n_goals))
                     terminated[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
+                elif clip_reward:
+                    clip_reward.score_ahead(frames[: (t + 1) * args.num_envs])
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.num_steps - 1:  # an episode ended: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
@@ -636,7 +667,7 @@ def train(args):
             if not clip_reward:
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
-                rewards = clip_reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
+                rewards = clip_reward(frames, range(n_goals)).reshape(rewards.shape)
             check_finite("a reward", rewards, global_step)
             pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
             clock.append(time.perf_counter())
@@ -933,6 +964,9 @@ def start_workers(args, config):
     resize = Compose(image_transform_v2(config, is_train=False).transforms[:-2])  # open_clip's, while still an image
     flags = (args.env_id, args.episode_length, args.early_termination, scene_of(args))
     make_env = functools.partial(RenderedEnv, *flags, render_size, frame_size, resize)
+    index = None if args.device == "auto" else torch.device(args.device).index
+    if index:  # draw on that GPU as well; MuJoCo finds its EGL device, which is numbered otherwise than CUDA's
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(index))
     # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
     forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
     settings = {"copy": False, "context": "fork" if forkable else "spawn"}
@@ -951,12 +985,13 @@ def make_envs(args, config):
     gym.logger.min_level = gym.logger.ERROR + 1  # it would print a worker's traceback, and raises the error as well
     envs = start_workers(args, config)
     try:
-        envs.reset_async()
-        envs.reset_wait(timeout=120)  # on some drivers several processes hang in their first frame
+        for i in range(args.num_envs):  # on some drivers processes hang that draw their first frames at the same time
+            envs.reset_async(options={"reset_mask": np.arange(args.num_envs) == i})
+            envs.reset_wait(timeout=120)
         envs.set_attr("rendering", args.reward != "env")
         yield envs
     except multiprocessing.TimeoutError:
-        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} and {args.num_envs} processes"
+        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} in process {i + 1} of {args.num_envs}"
         raise RuntimeError(f"no frame in 120 s with {where}: use --num-envs 1, or another MUJOCO_GL") from None
     except (EOFError, ConnectionError):
         for index, process in enumerate(envs.processes):
@@ -969,6 +1004,16 @@ def make_envs(args, config):
             process.kill()
             process.join()
         envs.closed = True  # its own close() would wait for answers
+
+
+def tell_renderer(envs, device):
+    """Prints a line that names what draws the frames."""
+    name = envs.call("drawn_by")[0]
+    if name and "llvmpipe" in name and device.type == "cuda":
+        advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
+        print(f"warning: there is a GPU, but frames are drawn on the CPU, by {name}; {advice}", file=sys.stderr)
+    elif name:
+        print(f"frames are drawn by {name}", file=sys.stderr)
 
 
 def episode_seeds(*key, n):
@@ -1087,6 +1132,7 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    tell_renderer(run.envs, run.device)
     threading.excepthook = lambda _: None  # what TensorBoard's thread raises is raised here as well
     run.start_time = time.time()
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]

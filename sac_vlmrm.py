@@ -65,6 +65,7 @@ from filelock import FileLock, Timeout
 from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from OpenGL import GL
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import Compose
@@ -331,19 +332,40 @@ class ClipReward:
         self.goals, self.held_out, self.negatives, baseline = embeddings.split(sizes)
         self.baseline = baseline[0]  # [D]
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
+        self.chunks = []  # rewards of the chunks of a phase that were scored already
+        self.ahead, self.on_stream = clip.device.type == "cuda", contextlib.nullcontext()
+        if self.ahead:
+            stream = torch.cuda.Stream(clip.device)
+            stream.wait_stream(torch.cuda.current_stream(clip.device))  # for the embeddings above
+            self.on_stream = torch.cuda.stream(stream)
 
     def __call__(self, frames, goal_ids):
         """Rewards [n, len(goal_ids)] of frames uint8 [n, H, W, 3], all from one pass of the image encoder."""
-        args, embeddings = self.args, self.clip.encode_images(frames)
-        if args.reward == "regularized":
-            rewards = regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)
-        else:  # the goals compete with each other and the negatives; each held-out one does with all of them
-            others = torch.cat([self.goals, self.negatives])
-            limits = args.temperature or self.clip.temperature, args.threshold
-            rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
-            rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
-            rewards = torch.cat(rewards, 1)
-        return rewards[:, list(goal_ids)].cpu().numpy()
+        self.score(frames)
+        with self.on_stream:
+            rewards = torch.cat(self.chunks)[:, list(goal_ids)].cpu()  # waits for the device
+        self.chunks = []
+        return rewards.numpy()
+
+    def score_ahead(self, frames):
+        """On CUDA, scores the first frames of a phase while the environments go on: the whole chunks that are new."""
+        if self.ahead:
+            self.score(frames[: len(frames) // self.clip.batch_size * self.clip.batch_size])
+
+    def score(self, frames):
+        """Appends to `chunks` the rewards [n, G + E] of those chunks of frames that are not among them yet."""
+        args, size = self.args, self.clip.batch_size
+        with self.on_stream:  # on a GPU beside the policy's kernels, which would else wait for these
+            for start in range(size * len(self.chunks), len(frames), size):
+                embeddings = self.clip.encode_images(frames[start : start + size])
+                if args.reward == "regularized":
+                    rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)]
+                else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+                    others = torch.cat([self.goals, self.negatives])
+                    limits = args.temperature or self.clip.temperature, args.threshold
+                    rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
+                    rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
+                self.chunks.append(torch.cat(rewards, 1))
 
 
 def goal_inputs(goal_embeddings, n_trained):
@@ -407,6 +429,10 @@ class RenderedEnv(gym.Wrapper):
         except Exception as error:
             raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
         return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
+
+    def drawn_by(self):
+        """OpenGL's name of what draws MuJoCo's frames, or None."""
+        return GL.glGetString(GL.GL_RENDERER).decode() if self.renderer else None
 
     def close(self):
         if self.renderer:
@@ -545,8 +571,8 @@ class SAC(nn.Module):
             self.gradient_step("ent_coef", -self.log_ent_coef * entropy_gap)
 
         with torch.no_grad():
-            for parameter, slow in zip(self.critic.parameters(), self.critic_target.parameters(), strict=True):
-                slow.lerp_(parameter, self.args.tau)
+            slow, fast = self.critic_target.parameters(), self.critic.parameters()
+            torch._foreach_lerp_(list(slow), list(fast), self.args.tau)  # one kernel for all, as Adam's `fused`
         losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
         return losses | {"q_values": q.detach().mean(), "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
 
@@ -614,21 +640,23 @@ class ReplayBuffer:
         self.rows[torch.arange(self.total, self.total + n) % self.capacity] = rows
         self.total += n
 
-    def sample(self, batch_size, relabel=0.0):
-        """A uniform batch, with replacement: name -> [B, ...].
+    def batches(self, n, batch_size, relabel=0.0):
+        """Yields n uniform batches, with replacement: name -> [B, ...].
 
-        A share `relabel` of it gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
+        A share `relabel` of each gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
         """
-        index = torch.randint(min(self.total, self.capacity), (batch_size,), device=self.rows.device)
-        states, actions, rewards, next_states, discounts, goal_ids = self.rows[index].split(self.widths, 1)
-        goal_ids, n_goals = goal_ids.long(), rewards.shape[1]
-        if relabel and n_goals > 1:
-            other = (goal_ids + torch.randint(1, n_goals, goal_ids.shape, device=goal_ids.device)) % n_goals
-            swapped = torch.rand(goal_ids.shape, device=goal_ids.device) < relabel
-            goal_ids = torch.where(swapped, other, goal_ids)
-        batch = {"states": states, "actions": actions, "next_states": next_states}
-        batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
-        return batch | {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
+        # The random numbers of all batches are drawn at once: on a GPU, each draw is a kernel that costs as much.
+        shape, device, n_goals = (n, batch_size, 1), self.rows.device, self.widths[2]
+        indices = torch.randint(min(self.total, self.capacity), shape, device=device)
+        others = torch.randint(1, max(n_goals, 2), shape, device=device)  # how many goals further the other one is
+        others *= torch.rand(shape, device=device) < relabel
+        for index, other in zip(indices, others, strict=True):
+            rows = self.rows[index.squeeze(1)].split(self.widths, 1)
+            states, actions, rewards, next_states, discounts, goal_ids = rows
+            goal_ids = (goal_ids.long() + other) % n_goals
+            batch = {"states": states, "actions": actions, "next_states": next_states}
+            batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
+            yield batch | {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
 
 
 # ---------------------------------------------------------------- training
@@ -666,7 +694,10 @@ def train(args):
         rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
         env_rewards = np.empty(shape, np.float32)
         terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
-        pixels = np.empty((*shape, *run.frame_shape), np.uint8) if clip_reward else None
+        if clip_reward:  # frames go to a GPU from pinned memory
+            pinned = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
+            pixels = torch.empty((*shape, *run.frame_shape), **pinned).numpy()
+            frames = pixels.reshape(-1, *run.frame_shape)  # the same memory, [T * N, H, W, 3]
 
         while global_step < args.total_timesteps and not run.stopped_by:
             clock = [time.perf_counter()]
@@ -696,6 +727,8 @@ def train(args):
                     rewards[t] = clip_reward(pixels[t], range(n_goals))
                     # Not into `terminated`: for a goal that is swapped in later it may be no success. See SAC.update.
                     ended[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
+                elif clip_reward:
+                    clip_reward.score_ahead(frames[: (t + 1) * args.num_envs])
                 if ended[t].any() and t < args.episode_length - 1:  # an episode ended early: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
                     state = envs.reset(seed=seeds, options={"reset_mask": ended[t]})[0]["state"]
@@ -710,7 +743,7 @@ def train(args):
             if not clip_reward:
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
-                rewards = clip_reward(pixels.reshape(-1, *run.frame_shape), range(n_goals)).reshape(rewards.shape)
+                rewards = clip_reward(frames, range(n_goals)).reshape(rewards.shape)
             check_finite("a reward", rewards, global_step)
             pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
             clock.append(time.perf_counter())
@@ -730,9 +763,10 @@ def train(args):
             if global_step >= args.learning_starts:
                 owed_updates += phase_frames * args.updates_per_frame
             losses = {}
-            while owed_updates >= 1.0:
-                owed_updates -= 1.0
-                losses = agent.update(buffer.sample(args.batch_size, args.relabel))
+            n_updates = int(owed_updates)
+            owed_updates -= n_updates
+            for batch in buffer.batches(n_updates, args.batch_size, args.relabel):
+                losses = agent.update(batch)
             losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
             check_finite(f"a loss of {losses}", list(losses.values()), global_step)
             clock.append(time.perf_counter())
@@ -1000,6 +1034,9 @@ def start_workers(args, config):
     resize = Compose(image_transform_v2(config, is_train=False).transforms[:-2])  # open_clip's, while still an image
     flags = (args.env_id, args.episode_length, args.early_termination, scene_of(args))
     make_env = functools.partial(RenderedEnv, *flags, render_size, frame_size, resize)
+    index = None if args.device == "auto" else torch.device(args.device).index
+    if index:  # draw on that GPU as well; MuJoCo finds its EGL device, which is numbered otherwise than CUDA's
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(index))
     # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
     forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
     settings = {"copy": False, "context": "fork" if forkable else "spawn"}
@@ -1018,12 +1055,13 @@ def make_envs(args, config):
     gym.logger.min_level = gym.logger.ERROR + 1  # it would print a worker's traceback, and raises the error as well
     envs = start_workers(args, config)
     try:
-        envs.reset_async()
-        envs.reset_wait(timeout=120)  # on some drivers several processes hang in their first frame
+        for i in range(args.num_envs):  # on some drivers processes hang that draw their first frames at the same time
+            envs.reset_async(options={"reset_mask": np.arange(args.num_envs) == i})
+            envs.reset_wait(timeout=120)
         envs.set_attr("rendering", args.reward != "env")
         yield envs
     except multiprocessing.TimeoutError:
-        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} and {args.num_envs} processes"
+        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} in process {i + 1} of {args.num_envs}"
         raise RuntimeError(f"no frame in 120 s with {where}: use --num-envs 1, or another MUJOCO_GL") from None
     except (EOFError, ConnectionError):
         for index, process in enumerate(envs.processes):
@@ -1036,6 +1074,16 @@ def make_envs(args, config):
             process.kill()
             process.join()
         envs.closed = True  # its own close() would wait for answers
+
+
+def tell_renderer(envs, device):
+    """Prints a line that names what draws the frames."""
+    name = envs.call("drawn_by")[0]
+    if name and "llvmpipe" in name and device.type == "cuda":
+        advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
+        print(f"warning: there is a GPU, but frames are drawn on the CPU, by {name}; {advice}", file=sys.stderr)
+    elif name:
+        print(f"frames are drawn by {name}", file=sys.stderr)
 
 
 def episode_seeds(*key, n):
@@ -1154,6 +1202,7 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
+    tell_renderer(run.envs, run.device)
     threading.excepthook = lambda _: None  # what TensorBoard's thread raises is raised here as well
     run.start_time = time.time()
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]

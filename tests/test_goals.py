@@ -215,7 +215,7 @@ def test_each_transition_has_its_own_goals_reward_and_relabelled_ones_equal_fres
     row_of = {tuple(row[:348].tolist()): i for i, row in enumerate(buffer.rows[:160])}
     torch.manual_seed(0)
     for relabel, swapped in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
-        batch = buffer.sample(2000, relabel)
+        (batch,) = buffer.batches(1, 2000, relabel)
         rows = torch.tensor([row_of[tuple(state.tolist())] for state in batch["states"]])
         torch.testing.assert_close(batch["rewards"], fresh[rows, batch["goal_ids"]], atol=1e-4, rtol=0)
         assert (batch["goal_ids"] != pursued[rows]).float().mean().item() == pytest.approx(swapped, abs=0.05)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,9 +193,10 @@ def fill(buffer, values):
 def test_replay_buffer_wraps_around_and_keeps_the_newest():
     buffer = ReplayBuffer(5, 1, 1, "cpu")
     fill(buffer, [0, 1, 2])
-    assert set(buffer.sample(100)["rewards"].tolist()) == {0, 1, 2}
+    assert set(next(buffer.batches(1, 100))["rewards"].tolist()) == {0, 1, 2}
     fill(buffer, [3, 4, 105, 106])
-    batch = buffer.sample(1000)
+    batch, other = buffer.batches(2, 1000)
+    assert not torch.equal(batch["rewards"], other["rewards"])
     assert batch["states"].shape == (1000, 1) and batch["rewards"].shape == (1000,)
     assert set(batch["rewards"].tolist()) == {2, 3, 4, 105, 106}
     torch.testing.assert_close(batch["next_states"], batch["states"] + 1)  # rows stay together
@@ -536,6 +538,67 @@ def test_an_environment_that_is_not_mujoco_is_rendered_by_itself_and_resized(tmp
     rollout = np.load(tmp_path / "run" / "rollouts" / "80.npz")
     assert load(tmp_path / "run")["global_step"] == 80 and "qpos" not in rollout
     assert imageio.mimread(next((tmp_path / "run" / "videos").iterdir()))[0].shape == (100, 150, 3)
+
+
+def test_workers_draw_their_first_frames_one_after_the_other_on_the_gpu_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import gymnasium as gym, numpy as np, os, time\n"
+        "class Slow(gym.Env):\n"
+        "    metadata = {'render_modes': ['rgb_array']}\n"
+        "    action_space = observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)\n"
+        "    def __init__(self, render_mode=None): self.first = True\n"
+        "    def reset(self, *, seed=None, options=None): return np.zeros(1, np.float32), {}\n"
+        "    def render(self):\n"
+        "        if self.first:\n"
+        f"            os.mkdir({str(tmp_path / 'drawing')!r})  # which fails if it is there\n"
+        "            time.sleep(0.2)\n"
+        f"            os.rmdir({str(tmp_path / 'drawing')!r})\n"
+        "        self.first = False\n"
+        "        return np.full((4, 4, 3), int(os.environ.get('MUJOCO_EGL_DEVICE_ID', 0)), np.uint8)\n"
+        "gym.register('Slow-v0', Slow)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sac_vlmrm.SceneRenderer, "opened_by", None)
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    for device, number in (("cpu", 0), ("cuda:0", 0), ("cuda:3", 3)):
+        args = Args(env_id="slow:Slow-v0", num_envs=4, device=device)
+        with sac_vlmrm.make_envs(args, sac_vlmrm.PreprocessCfg(size=4)) as envs:
+            assert (envs.reset()[0]["pixels"] == number).all()
+        os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it stays in this process
+
+
+def test_the_line_at_the_start_names_the_renderer_and_warns_of_a_cpus(capsys):
+    for name, device, words in (
+        ("NVIDIA H100", "cuda", ["by NVIDIA H100"]),
+        ("llvmpipe (LLVM 15)", "cpu", ["by llvmpipe"]),
+        ("llvmpipe (LLVM 15)", "cuda", ["warning:", "llvmpipe", "NVIDIA_DRIVER_CAPABILITIES"]),
+        (None, "cpu", []),
+    ):
+        envs = SimpleNamespace(call=lambda method, name=name: (name,) if method == "drawn_by" else None)
+        sac_vlmrm.tell_renderer(envs, torch.device(device))
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (len(words) > 0) and all(word in lines[0] for word in words)
+        assert ("warning" in "".join(lines)) == ("warning:" in words)
+
+
+def test_scoring_ahead_gives_the_same_rewards_from_the_same_chunks(render):
+    start = gym.make("Humanoid-v5").unwrapped.init_qpos
+    frames = render("Humanoid-v5", start + np.arange(11)[:, None] / 50)
+    clip = make_clip()
+    clip.batch_size, encoded = 4, []
+    reward = sac_vlmrm.ClipReward(Args(goal=("a humanoid robot kneeling", "a robot")), clip)
+    expected = reward(frames, range(2))
+    encode_images = clip.encode_images
+    clip.encode_images = lambda images: encoded.append(len(images)) or encode_images(images)
+    reward.score_ahead(frames[:8])
+    assert encoded == []  # on a CPU it would only take the cores from the environments
+    reward.ahead = True
+    for n, chunks in ((3, []), (5, [4]), (9, [4, 4]), (11, [4, 4])):
+        reward.score_ahead(frames[:n])
+        assert encoded == chunks
+    np.testing.assert_array_equal(reward(frames, range(2)), expected)
+    assert encoded == [4, 4, 3] and np.ptp(expected, 0).min() > 0.01
+    np.testing.assert_array_equal(reward(frames[:2], [1]), expected[:2, 1:])  # nothing is left of the phase before
 
 
 BAD_INPUT = {

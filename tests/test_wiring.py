@@ -118,7 +118,8 @@ class FakeCLIP:
     """Stands in for the scripts' CLIP."""
 
     def __init__(self, *_):
-        self.model, self.precision = torch.nn.Module(), "fp32"
+        self.model, self.precision, self.batch_size = torch.nn.Module(), "fp32", 5
+        self.device = torch.device("cpu")
 
     def encode_text(self, prompts, _):
         return torch.from_numpy(embed_text(prompts)).float()
@@ -230,10 +231,10 @@ class Recording:
             self.buffer = buffer
             add(buffer, **transitions)
 
-        def sample(buffer, batch_size, relabel=0.0, sample=sac_vlmrm.ReplayBuffer.sample):
-            batch = sample(buffer, batch_size, relabel)
-            note("sample", batch_size=batch_size, relabel=relabel, batch=batch)
-            return batch
+        def batches(buffer, n, batch_size, relabel=0.0, batches=sac_vlmrm.ReplayBuffer.batches):
+            for batch in batches(buffer, n, batch_size, relabel):
+                note("sample", batch_size=batch_size, relabel=relabel, batch=batch)
+                yield batch
 
         def evaluate(args, run, agent, goal_id, seeds, evaluate=script.evaluate):
             self.evaluated = goal_id
@@ -260,14 +261,20 @@ class Recording:
             note("save", name=name, weights=clone(agent.state_dict()), progress=progress)
             save_checkpoint(run, name, agent, **progress)
 
+        def score_ahead(reward, frames, score_ahead=script.ClipReward.score_ahead):
+            reward.ahead = True  # as on a GPU
+            score_ahead(reward, frames)
+            note("scored", chunks=len(reward.chunks), frames=len(frames))
+
         allow_forks(script, patch)
+        patch.setattr(script.ClipReward, "score_ahead", score_ahead)
         patch.setattr(script, "CLIP", FakeCLIP)
         patch.setattr(script, "find_clip", fake_clip)
         for spy in (make_envs, evaluate, evaluate_goals, episode_charts, log_phase, save_checkpoint):
             patch.setattr(script, spy.__name__, spy)
         for spy in (make_optimizers, act, update if self.sac else loss):
             patch.setattr(agent_class, spy.__name__, spy)
-        for spy in (add, sample):
+        for spy in (add, batches):
             patch.setattr(sac_vlmrm.ReplayBuffer, spy.__name__, spy)
 
 
@@ -480,6 +487,16 @@ def test_the_log_is_of_the_goals_pursued_and_of_the_last_update(recording, name,
         assert log.losses.keys() - {"explained_variance"} == expected.keys()
         for key, loss in expected.items():
             assert_close(log.losses[key], loss)
+
+
+@BOTH
+@EACH
+def test_whole_chunks_are_scored_as_soon_as_their_frames_are_there(recording, name, case):
+    run = recording(name, case)
+    for phase in range(run.phases):
+        scored = [(e.frames, e.chunks) for e in run.of("scored", phase=phase)]
+        counts = range(run.args.num_envs, run.frames + 1, run.args.num_envs)
+        assert scored == ([(n, n // 5) for n in counts] if case == "goals" else [])  # the others at each step, or never
 
 
 @BOTH

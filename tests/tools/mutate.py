@@ -79,7 +79,7 @@ sac | goal 0's scale for all goals | x.float()[batch["goal_ids"]] for x => x.flo
 sac | the mean of n rewards once | returns - mean * steps => returns - mean
 sac | rewards are not scaled | = self.scaled_rewards(batch) + => = batch["rewards"] +
 ppo | shifted where episodes end early | "regularized" and not self.args.early_termination: => "regularized":
-sac | tau is hard-coded | slow.lerp_(parameter, self.args.tau) => slow.lerp_(parameter, 0.005)
+sac | tau is hard-coded | list(fast), self.args.tau) => list(fast), 0.005)
 sac | entropy is a cost | - ent_coef * next_log_prob => + ent_coef * next_log_prob
 sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
 sac | the coefficient is tuned away | -self.log_ent_coef * entropy_gap => self.log_ent_coef * entropy_gap
@@ -87,8 +87,12 @@ sac | the coefficient starts at 1 | torch.tensor(math.log(args.ent_coef)) => tor
 sac | what n steps reach counts too much | gamma ** (k + 1) => gamma**k
 sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[:-k] &= True
 sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
-sac | what is not to be swapped is | goal_ids.device) < relabel => goal_ids.device) > relabel
+sac | what is not to be swapped is | device=device) < relabel => device=device) > relabel
 sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
+both | frames are scored before they are there | frames[: (t + 1) * args.num_envs] => frames[: (t + 2) * args.num_envs]
+both | part of a chunk is scored ahead | // self.clip.batch_size * self.clip.batch_size] => // 1]
+both | what was scored is scored again | range(size * len(self.chunks), len => range(0, len
+both | nothing is scored ahead | clip_reward.score_ahead(frames => (frames
 ppo | actions are not sampled | actions[t] = policy.sample() => actions[t] = policy.mean
 ppo | statistics of the rollout are not kept | agent.normalizer.update(tensor) => pass
 ppo | probabilities of clipped actions | policy.log_prob(actions[t]) => policy.log_prob(actions[t].clamp(-1, 1))
