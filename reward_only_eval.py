@@ -193,10 +193,12 @@ class CLIP:
     Raises RuntimeError if weights were not loaded into the whole model.
     """
 
+    auto = {"cpu": "fp32", "cuda": "fp16"}  # precision on each kind of device; VLM-RM's code ran fp16
+
     def __init__(self, source, device, precision="auto", batch_size=256):
         self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
         if precision == "auto":
-            self.precision = "fp16" if self.device.type == "cuda" else "fp32"
+            self.precision = self.auto.get(self.device.type, "fp32")
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.

@@ -5,6 +5,7 @@ The models are random, and shrunk through their own configs. The hub is a stand-
 
 import functools
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +16,9 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import one_line, run
+from conftest import TINY_CLIP, one_line, run
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sac_vlmrm import CLIP, drop_text_tower, find_clip
@@ -129,6 +130,18 @@ def test_embeddings_of_each_family_are_open_clips_own(tmp_path, monkeypatch, arc
         torch.testing.assert_close(half.encode_images(frames), images, rtol=0, atol=error)
     drop_text_tower(clip.model)
     torch.testing.assert_close(clip.encode_images(frames), images, rtol=0, atol=0)
+
+
+def test_auto_is_half_precision_on_a_gpu_or_bf16_where_that_overflows(tmp_path, monkeypatch):
+    monkeypatch.setitem(CLIP.auto, "cpu", CLIP.auto["cuda"])
+    assert CLIP(find_clip(TINY_CLIP), "cpu").precision == "fp16"
+    shutil.copytree(TINY_CLIP, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "open_clip_model.safetensors")
+    weights["visual.bn1.weight"] = weights["visual.bn1.weight"].float() * 1e6
+    save_file(weights, tmp_path / "open_clip_model.safetensors")
+    clip = CLIP(find_clip(str(tmp_path)), "cpu")
+    assert clip.precision == "bf16" and torch.bfloat16 in {p.dtype for p in clip.model.parameters()}
+    assert CLIP(find_clip(str(tmp_path)), "cpu", precision="fp16").precision == "fp16"  # as it was asked for
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -48,7 +48,7 @@ both | evaluation is not deterministic | goal_id), deterministic=True) => goal_i
 both | best.pt is the latest | best_score = score => best_score = (-math.inf, 0.0)
 both | best.pt keeps the earliest of equals | score >= best_score => score > best_score
 both | the slower of equals is as good | if args.terminate_on_success else 0.0) => if False else 0.0)
-both | versions are not kept | "versions": VERSIONS} => "versions": {}}
+both | versions are not kept | "versions": VERSIONS, => "versions": {},
 both | networks of another seed | torch.manual_seed(args.seed) => torch.manual_seed(0)
 both | noise depends on what was before | torch.manual_seed(torch_seed) => pass
 both | every phase has the same starts | args.seed, 0, first_step, n= => args.seed, 0, 0, n=
