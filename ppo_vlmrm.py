@@ -23,7 +23,6 @@ cited as VLM-SR, whose agent is conditioned on its goal's text.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
 import itertools
@@ -39,6 +38,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -57,6 +57,7 @@ import imageio
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -71,6 +72,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import Compose
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
+
+# torchrun tells each process that it starts which one it is. All collect and label; the one of rank 0 learns.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -602,24 +606,26 @@ def train(args):
             save_checkpoint(run, name, agent, global_step=global_step, best_score=best_score)
 
         # A phase is one rollout, of new episodes: so a run can be resumed without the environments' states. Arrays of
-        # what the environments give are numpy, of what the networks give torch; all are [T, N, ...].
+        # what the environments give are numpy, of what the networks give torch; all are [T, N, ...]. Of several
+        # processes (torchrun) each fills the columns `run.mine`, of its own environments, and rank 0 gets all of them
+        # before it learns.
         shape = (args.num_steps, args.num_envs)
         phase_frames = args.num_steps * args.num_envs
-        next_states = np.empty((*shape, run.state_dim), np.float32)
+        states, next_states = np.empty((2, *shape, run.state_dim), np.float32)
         goal_ids = np.empty(shape, np.int64)
-        rewards = np.empty((*shape, n_goals), np.float32)  # of each frame for every goal
+        rewards = np.zeros((*shape, n_goals), np.float32)  # of each frame for every goal
         env_rewards = np.empty(shape, np.float32)
         terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
         if clip_reward:  # frames go to a GPU from pinned memory
             pinned = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
-            pixels = torch.empty((*shape, *run.frame_shape), **pinned).numpy()
+            pixels = torch.empty((shape[0], args.num_envs // WORLD, *run.frame_shape), **pinned).numpy()
             frames = pixels.reshape(-1, *run.frame_shape)  # the same memory, [T * N, H, W, 3]
         inputs = torch.empty((*shape, run.state_dim + agent.goals.shape[1]), device=device)
         action_dtype = torch.int64 if agent.discrete else torch.float32
         actions = torch.empty((*shape, *run.action_space.shape), dtype=action_dtype, device=device)
         log_probs, values = torch.empty((2, *shape), device=device)
 
-        while global_step < args.total_timesteps and not run.stopped_by:
+        while global_step < args.total_timesteps:
             clock = [time.perf_counter()]
             # Each phase's random numbers follow from the seed and its first frame alone: there is no state to save.
             first_step = global_step
@@ -628,7 +634,6 @@ def train(args):
             torch.manual_seed(torch_seed)
 
             # COLLECT: a rollout in every environment
-            normalizer = copy.deepcopy(agent.normalizer)  # as it was before, should the rollout be dropped
             state = envs.reset(seed=starts)[0]["state"]
             goal_id = np_rng.integers(n_goals, size=args.num_envs)  # each episode draws one
             for t in range(args.num_steps):
@@ -636,41 +641,47 @@ def train(args):
                     break
                 with torch.no_grad():
                     tensor = torch.from_numpy(state).to(device)
-                    if args.normalize_obs:
-                        agent.normalizer.update(tensor)
-                    # What the networks saw is stored: normalised again later, it would be another input.
                     inputs[t] = agent.inputs(tensor, torch.from_numpy(goal_id).to(device))
                     policy = agent.policy(inputs[t])
                     actions[t] = policy.sample()
                     log_probs[t], values[t] = policy.log_prob(actions[t]), agent.value(inputs[t])
-                goal_ids[t] = goal_id
+                states[t], goal_ids[t] = state, goal_id
                 observation, env_rewards[t], terminated[t], truncated, _ = envs.step(agent.to_env(actions[t]))
                 next_states[t] = state = observation["state"]  # a view of shared memory: the next step overwrites it
                 if clip_reward:
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 if args.terminate_on_success:
-                    rewards[t] = clip_reward(pixels[t], range(n_goals))
+                    rewards[t, run.mine] = clip_reward(pixels[t], range(n_goals))
                     terminated[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
                 elif clip_reward:
-                    clip_reward.score_ahead(frames[: (t + 1) * args.num_envs])
+                    clip_reward.score_ahead(frames[: (t + 1) * pixels.shape[1]])
+                next_goal_id = np_rng.integers(n_goals, size=args.num_envs)
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.num_steps - 1:  # an episode ended: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
                     state = envs.reset(seed=seeds, options={"reset_mask": ended[t]})[0]["state"]
-                    goal_id = np.where(ended[t], np_rng.integers(n_goals, size=args.num_envs), goal_id)
-            if run.stopped_by:
-                agent.normalizer = normalizer
-                break  # the rollout is dropped: nothing has learned from it
+                    goal_id = np.where(ended[t], next_goal_id, goal_id)
+            if is_stopped(run):
+                break  # the rollout is dropped: nothing has learned from it yet
             check_finite("a state", next_states, global_step)
             global_step += phase_frames
+            last = global_step >= args.total_timesteps
+            evaluates = last or global_step // args.eval_every > first_step // args.eval_every
             clock.append(time.perf_counter())
 
             # LABEL: all frames of the phase in one batched CLIP pass, each for every goal
             if not clip_reward:
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
-                rewards = clip_reward(frames, range(n_goals)).reshape(rewards.shape)
+                rewards[:, run.mine] = clip_reward(frames, range(n_goals)).reshape(*pixels.shape[:2], n_goals)
             check_finite("a reward", rewards, global_step)
+            gather_columns(run, states, goal_ids, rewards, next_states, env_rewards, terminated, ended)
+            gather_columns(run, inputs, actions, log_probs, values)
+            if RANK > 0:  # gets rank 0's agent, after its updates
+                share_agent(agent)
+                if evaluates:
+                    evaluate_goals(args, run, agent, global_step)
+                continue
             pursued = np.take_along_axis(rewards, goal_ids[..., None], -1)[..., 0]  # for the goals pursued, [T, N]
             clock.append(time.perf_counter())
 
@@ -691,6 +702,8 @@ def train(args):
                 ends = torch.from_numpy(terminated).to(device).float(), cut.float()
                 advantages = gae(scaled, values, next_values, *ends, args.gamma, args.gae_lambda)
                 returns = advantages + values
+                if args.normalize_obs:  # for the next rollout: this one's `inputs` are what the policy saw
+                    agent.normalizer.update(torch.from_numpy(states).flatten(0, 1).to(device))
             rollout = {"inputs": inputs, "actions": actions, "log_probs": log_probs, "values": values}
             rollout |= {"advantages": advantages, "returns": returns}
             rollout = {name: value.flatten(0, 1) for name, value in rollout.items()}
@@ -704,13 +717,13 @@ def train(args):
             losses["explained_variance"] = 1.0 - (returns - values).var() / (returns.var() + 1e-8)
             losses = {name: float(loss) for name, loss in losses.items()}  # waits for the device
             check_finite(f"a loss of {losses}", list(losses.values()), global_step)
+            share_agent(agent)
             clock.append(time.perf_counter())
 
             # EVALUATE: deterministic episodes from fixed starts
             charts = episode_charts(args, ended, env_rewards, pursued if clip_reward else None, goal_ids)
             charts["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            last = global_step >= args.total_timesteps
-            if last or global_step // args.eval_every > first_step // args.eval_every:
+            if evaluates:
                 results, score = evaluate_goals(args, run, agent, global_step)
                 charts |= results
                 if score >= best_score:  # in evaluation; VLM-RM takes the highest return in training
@@ -722,7 +735,7 @@ def train(args):
             # SAVE
             if last or global_step // args.checkpoint_every > first_step // args.checkpoint_every:
                 save("checkpoint.pt")
-        if run.stopped_by:
+        if run.stopped_by and RANK == 0:
             save("checkpoint.pt")
     return run.dir
 
@@ -749,6 +762,12 @@ def check_algorithm(args):
         lengths = f"--num-steps {args.num_steps} and --episode-length {args.episode_length}"
         why = "each rollout starts new episodes, whose later part is then never trained on"
         print(f"warning: {lengths}: {why}", file=sys.stderr)
+
+
+def note(text):
+    """Prints a line on standard error, once of all processes."""
+    if RANK == 0:
+        print(text, file=sys.stderr)
 
 
 class RunError(Exception):
@@ -966,7 +985,7 @@ def start_workers(args, config):
     resize = Compose(image_transform_v2(config, is_train=False).transforms[:-2])  # open_clip's, while still an image
     flags = (args.env_id, args.episode_length, args.early_termination, scene_of(args))
     make_env = functools.partial(RenderedEnv, *flags, render_size, frame_size, resize)
-    index = None if args.device == "auto" else torch.device(args.device).index
+    index = device_of(args).index
     if index:  # draw on that GPU as well; MuJoCo finds its EGL device, which is numbered otherwise than CUDA's
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(index))
     # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
@@ -975,7 +994,7 @@ def start_workers(args, config):
     settings["autoreset_mode"] = gym.vector.AutoresetMode.DISABLED
     # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    envs = gym.vector.AsyncVectorEnv([make_env] * args.num_envs, **settings)
+    envs = gym.vector.AsyncVectorEnv([make_env] * (args.num_envs // WORLD), **settings)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return envs
@@ -987,13 +1006,13 @@ def make_envs(args, config):
     gym.logger.min_level = gym.logger.ERROR + 1  # it would print a worker's traceback, and raises the error as well
     envs = start_workers(args, config)
     try:
-        for i in range(args.num_envs):  # on some drivers processes hang that draw their first frames at the same time
-            envs.reset_async(options={"reset_mask": np.arange(args.num_envs) == i})
+        for i in range(envs.num_envs):  # on some drivers processes hang that draw their first frames at the same time
+            envs.reset_async(options={"reset_mask": np.arange(envs.num_envs) == i})
             envs.reset_wait(timeout=120)
         envs.set_attr("rendering", args.reward != "env")
         yield envs
     except multiprocessing.TimeoutError:
-        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} in process {i + 1} of {args.num_envs}"
+        where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} in process {i + 1} of {envs.num_envs}"
         raise RuntimeError(f"no frame in 120 s with {where}: use --num-envs 1, or another MUJOCO_GL") from None
     except (EOFError, ConnectionError):
         for index, process in enumerate(envs.processes):
@@ -1013,9 +1032,112 @@ def tell_renderer(envs, device):
     name = envs.call("drawn_by")[0]
     if name and "llvmpipe" in name and device.type == "cuda":
         advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
-        print(f"warning: there is a GPU, but frames are drawn on the CPU, by {name}; {advice}", file=sys.stderr)
+        note(f"warning: there is a GPU, but frames are drawn on the CPU, by {name}; {advice}")
     elif name:
-        print(f"frames are drawn by {name}", file=sys.stderr)
+        note(f"frames are drawn by {name}")
+
+
+# ---- several processes: `torchrun --nproc-per-node 4` starts four of this script, one for each GPU
+
+
+def device_of(args):
+    """The torch device of this process. ValueError if there are more processes than GPUs."""
+    if args.device not in ("auto", "cuda") or (args.device == "auto" and not torch.cuda.device_count()):
+        return torch.device("cpu" if args.device == "auto" else args.device)
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if started > max(torch.cuda.device_count(), 1):
+        raise ValueError(f"torchrun started {started} processes, but there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextlib.contextmanager
+def process_group():
+    """Context in which the processes can talk to each other, and which none leaves before rank 0 does."""
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while rank 0 updates
+    yield
+    with one_of_many():
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_of_many():
+    """Context of a message between the processes; RunError if one of them is no longer there."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError("another process of this run has ended, see its message") from error
+
+
+class ShardedEnvs:
+    """This process's environments behind the interface of all of them: the rows of the others are 0.
+
+    So the policy is computed in the same shape and with the same noise whatever the number of processes. Frames and
+    qpos are of this process's environments alone.
+    """
+
+    def __init__(self, envs, mine, num_envs):
+        self.envs, self.mine, self.num_envs = envs, mine, num_envs
+
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
+
+    def spread(self, rows):
+        full = np.zeros((self.num_envs, *rows.shape[1:]), rows.dtype)
+        full[self.mine] = rows
+        return full
+
+    def reset(self, *, seed, options=None):
+        options = options and {"reset_mask": options["reset_mask"][self.mine]}
+        observation, infos = self.envs.reset(seed=seed[self.mine], options=options)
+        return {**observation, "state": self.spread(observation["state"])}, infos
+
+    def step(self, actions):
+        observation, *outcome, infos = self.envs.step(actions[self.mine])
+        return {**observation, "state": self.spread(observation["state"])}, *map(self.spread, outcome), infos
+
+
+def gather(value):
+    """The values of all processes in rank 0, in their order; an empty list in the others."""
+    values = [value] if RANK == 0 else []
+    if WORLD > 1:
+        values *= WORLD
+        with one_of_many():
+            dist.gather_object(value, values or None)
+    return values
+
+
+def gather_columns(run, *arrays):
+    """Fills rank 0's arrays [T, N, ...] with the columns of the other processes' environments."""
+    if WORLD > 1:
+        arrays = [torch.as_tensor(array) for array in arrays]  # which shares a numpy array's memory
+        parts = gather([array[:, run.mine].cpu() for array in arrays])
+        for i, array in enumerate(arrays if parts else ()):
+            array.copy_(torch.cat([part[i] for part in parts], 1))
+
+
+def share_agent(agent):
+    """Gives rank 0's agent, its networks and statistics, to the other processes, as one flat tensor."""
+    if WORLD > 1:
+        tensors = list(agent.state_dict().values())
+        flat = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()
+        with one_of_many():
+            dist.broadcast(flat, 0)
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+def is_stopped(run):
+    """Whether a signal has come, to whichever process; all learn of it at the same place."""
+    if WORLD > 1:
+        number = torch.tensor(max(run.stopped_by, default=0))
+        with one_of_many():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        run.stopped_by += [] if run.stopped_by or not number else [number.item()]
+    return bool(run.stopped_by)
+
+
+# ---- a run: its starts, its folder, checkpoints and log
 
 
 def episode_seeds(*key, n):
@@ -1045,16 +1167,14 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-# ---- a run: its folder, checkpoints and log
-
-
 @contextlib.contextmanager
 def start_run(args):
     """Context of all that a run needs beside its algorithm; a mistake found on the way is one line and status 2.
 
-    Yields `dir`; `saved`, the checkpoint of --resume or --play, or None; `first_step`, its frame, or 0; `device`;
-    `envs`, with their `state_dim`, `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings`
-    [G + E, D]; `writer` and `progress`, to log with; and `stopped_by`, the signals received.
+    Yields `dir`, in rank 0; `mine`, the slice of the environments that this process steps; `saved`, the checkpoint of
+    --resume or --play, or None; `first_step`, its frame, or 0; `device`; `envs`, with their `state_dim`, `action_space`
+    and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and `progress`, to log
+    with; and `stopped_by`, the signals received.
     """
     run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0))
     with contextlib.ExitStack() as stack:
@@ -1062,12 +1182,13 @@ def start_run(args):
             check_args(args)
             check_algorithm(args)
             run.dir = args.play or args.resume
-            if args.resume:
+            run.mine = slice(RANK * args.num_envs // WORLD, (RANK + 1) * args.num_envs // WORLD)
+            if args.resume and RANK == 0:
                 stack.enter_context(lock_run_dir(run.dir))
             if run.dir:
                 run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
             if args.resume and run.saved["versions"] != VERSIONS:
-                print(f"warning: resumed with {VERSIONS}, saved with {run.saved['versions']}", file=sys.stderr)
+                note(f"warning: resumed with {VERSIONS}, saved with {run.saved['versions']}")
             run.first_step = run.saved["global_step"] if run.saved else 0
             config = PreprocessCfg()
             if args.reward != "env":
@@ -1077,8 +1198,10 @@ def start_run(args):
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.
             run.envs = stack.enter_context(make_envs(args, config))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            run.device = torch.device(device if args.device == "auto" else args.device)
+            if WORLD > 1:
+                stack.enter_context(process_group())
+                run.envs = ShardedEnvs(run.envs, run.mine, args.num_envs)
+            run.device = device_of(args)
             run.stopped_by = [] if args.play else stack.enter_context(stop_signals())
             run.state_dim = run.envs.single_observation_space["state"].shape[0]
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
@@ -1089,16 +1212,17 @@ def start_run(args):
                 run.goal_embeddings = run.reward.goal_embeddings
                 drop_text_tower(run.reward.clip.model)
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
-            if not run.dir:
-                run.dir = make_run_dir(args)
-                stack.enter_context(lock_run_dir(run.dir))
-            for name in ("videos", "rollouts"):
-                (run.dir / name).mkdir(exist_ok=True)
-            if not args.play:
-                stack.enter_context(open_log(args, run))
+            if RANK == 0:
+                if not run.dir:
+                    run.dir = make_run_dir(args)
+                    stack.enter_context(lock_run_dir(run.dir))
+                for name in ("videos", "rollouts"):
+                    (run.dir / name).mkdir(exist_ok=True)
+                if not args.play:
+                    stack.enter_context(open_log(args, run))
         yield run
     if run.stopped_by:
-        print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
+        note(f"stopped; go on with --resume {run.dir}")
         sys.exit(128 + run.stopped_by[0])
 
 
@@ -1216,7 +1340,7 @@ def evaluate(args, run, agent, goal_id, seeds):
 
     Returns a dict of arrays, in which t is the state after step t: "clip_rewards" (if CLIP is used) and "env_rewards"
     [episodes, T], 0 after an episode's end; "lengths" [episodes]; "qpos" [episodes, T, nq] for MuJoCo; and of the
-    first episode "pixels" [T, H, W, 3], what CLIP saw, and "film", larger frames, for --video.
+    first episode "pixels" [T, H, W, 3], what CLIP saw, and "film", larger frames, for --video. In rank 0; else None.
     """
     envs, rounds, film = run.envs, [], []
     for first in range(0, args.eval_episodes, args.num_envs):
@@ -1227,7 +1351,7 @@ def evaluate(args, run, agent, goal_id, seeds):
             observation, rewards, terminated, _, _ = envs.step(actions)
             step = {name: value.copy() for name, value in observation.items()}
             state = step.pop("state")
-            steps.append({**step, "env_rewards": rewards, "alive": alive.copy()})
+            steps.append({**step, "env_rewards": rewards[run.mine], "alive": alive[run.mine].copy()})
             alive &= ~terminated
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
@@ -1242,9 +1366,11 @@ def evaluate(args, run, agent, goal_id, seeds):
                     alive[:, t] &= alive[:, t - 1] & (clip_rewards[:, t - 1] == 0)
             steps["clip_rewards"] = clip_rewards * alive
         steps["env_rewards"] = steps["env_rewards"] * alive
-        rounds.append(steps)
+        rounds += gather(steps)
         if first == 0:
             shown = pixels[0]
+    if RANK > 0:
+        return None
     result = {name: np.concatenate([steps[name] for steps in rounds])[: args.eval_episodes] for name in steps}
     result["lengths"] = result.pop("alive").sum(1)
     if args.video and "qpos" in result:
@@ -1265,6 +1391,8 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
     for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
         result = evaluate(args, run, agent, goal_id, seeds)
+        if RANK > 0:
+            continue
         pixels, film, length = result.pop("pixels"), result.pop("film"), result["lengths"][0]
         curve = f"/{slug(goals[goal_id])}" if len(goals) > 1 else ""
         file = f"{prefix}{global_step}{curve.replace('/', '-')}"
@@ -1284,6 +1412,8 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
         if args.save_rollouts:
             path = run.dir / "rollouts" / f"{file}.npz"
             np.savez_compressed(path, env_id=args.env_id, goal=goals[goal_id], **result)
+    if RANK > 0:
+        return {}, None
     mean_return = float(np.mean(returns[: len(args.goal)]))
     if len(goals) > 1 and goal_ids is None:
         charts["eval/clip_return"] = mean_return
@@ -1351,8 +1481,11 @@ def play(args):
 def check_args(args):
     """Raises ValueError over flags that would go wrong silently, or late."""
     goals = (*args.goal, *args.eval_goal)
-    if args.device != "auto":
-        torch.device(args.device)  # which says what is wrong with it
+    if args.num_envs % WORLD:
+        raise ValueError(f"--num-envs {args.num_envs} is not a multiple of the {WORLD} processes that torchrun started")
+    if args.play and WORLD > 1:
+        raise ValueError("--play needs one process: start it without torchrun")
+    device_of(args)
     if not args.goal or not all(goal.strip() for goal in goals):
         raise ValueError("--goal is empty: describe the state to reach")
     if len({slug(goal) for goal in goals}) < len(goals):
@@ -1382,13 +1515,13 @@ def warn_of_rewards(args, envs):
         fact = (
             f"in VLM-RM {args.clip} taught the humanoid to kneel in 0% of the episodes, ViT-bigG-14 in 100% (alpha 0)"
         )
-        print(f"note: {fact}; reward_only_eval.py judges a reward before you spend GPU hours on it", file=sys.stderr)
+        note(f"note: {fact}; reward_only_eval.py judges a reward before you spend GPU hours on it")
     if not args.image_resize_mode and not envs.get_attr("xml_path")[0]:  # MuJoCo's frames are rendered square
         height, width, _ = envs.call("render")[0].shape
         if height != width:
             size = f"{height} pixels high and {width} wide"
             advice = "most CLIP models see the square in the middle only; --image-resize-mode longest shows them all"
-            print(f"warning: frames of {args.env_id} are {size}; {advice}", file=sys.stderr)
+            note(f"warning: frames of {args.env_id} are {size}; {advice}")
 
 
 # What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
@@ -1457,6 +1590,8 @@ Share = bounded(float, 0, 1)
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        print(f"results in {play(arguments) if arguments.play else train(arguments)}")
+        results = play(arguments) if arguments.play else train(arguments)
+        if RANK == 0:
+            print(f"results in {results}")
     except (RunError, OSError) as error:  # OSError: a full disk, say
         sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")

@@ -364,13 +364,13 @@ def follow(run, phase):
         row = dict(states=states, actions=step.actions, next_states=step.states, env_rewards=step.rewards)
         row |= dict(rewards=rewards, goal_ids=goal_ids, pursued=pursued, random=draws, success=success)
         rows.append(row | dict(terminated=step.terminated, ended=ended, pixels=step.pixels))
-        states = step.states
+        states, next_goal_ids = step.states, rng.integers(n_goals, size=args.num_envs)
         if ended.any() and t < run.steps - 1:
             again = next(events)
             assert again.kind == "reset" and again.mask.tolist() == ended.tolist()
             assert again.seeds == seeds_of(args.seed, 0, first_step, t + 1, n=args.num_envs)
             states = np.where(ended[:, None], again.states, states)
-            goal_ids = np.where(ended, rng.integers(n_goals, size=args.num_envs), goal_ids)
+            goal_ids = np.where(ended, next_goal_ids, goal_ids)
     assert next(events, None) is None
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return SimpleNamespace(**arrays, weights=reset.weights)
@@ -797,14 +797,11 @@ def rollout_of(run, phase):
     """What a phase of PPO has to learn from, recomputed: [T, N, ...]."""
     args, seen = run.args, follow(run, phase)
     shape, before = (run.steps, args.num_envs), collected(run, phase)
-    inputs = []
-    for t in range(run.steps):  # the statistics include the states of the step
-        so_far = np.concatenate([before, seen.states[: t + 1].reshape(-1, 3)])
-        inputs.append(inputs_of(args, seen.states[t], seen.goal_ids[t], so_far))
-    inputs = torch.stack(inputs)
+    goal_ids = seen.goal_ids.ravel()
+    inputs = inputs_of(args, seen.states.reshape(-1, 3), goal_ids, before).view(*shape, -1)
     values = network(run, seen.weights, "critic", inputs.flatten(0, 1)).view(shape).numpy().astype(float)
     means = network(run, seen.weights, "actor", inputs.flatten(0, 1)).view(*shape, 2)
-    last_inputs = inputs_of(args, seen.next_states.reshape(-1, 3), seen.goal_ids.ravel(), collected(run, phase + 1))
+    last_inputs = inputs_of(args, seen.next_states.reshape(-1, 3), goal_ids, before)
     last_values = network(run, seen.weights, "critic", last_inputs).view(shape).numpy().astype(float)
 
     rewards = seen.pursued.astype(float)
