@@ -625,6 +625,7 @@ def train(args):
         actions = torch.empty((*shape, *run.action_space.shape), dtype=action_dtype, device=device)
         log_probs, values = torch.empty((2, *shape), device=device)
 
+        tell_renderer(run)
         while global_step < args.total_timesteps:
             clock = [time.perf_counter()]
             # Each phase's random numbers follow from the seed and its first frame alone: there is no state to save.
@@ -1027,10 +1028,10 @@ def make_envs(args, config):
         envs.closed = True  # its own close() would wait for answers
 
 
-def tell_renderer(envs, device):
+def tell_renderer(run):
     """Prints a line that names what draws the frames."""
-    name = envs.call("drawn_by")[0]
-    if name and "llvmpipe" in name and device.type == "cuda":
+    name = run.envs.call("drawn_by")[0]
+    if name and "llvmpipe" in name and run.device.type == "cuda":
         advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
         note(f"warning: there is a GPU, but frames are drawn on the CPU, by {name}; {advice}")
     elif name:
@@ -1258,7 +1259,6 @@ def open_log(args, run):
         import wandb
 
         wandb.init(project="vlmrm", name=run.dir.name, config=asdict(args), sync_tensorboard=True)
-    tell_renderer(run.envs, run.device)
     threading.excepthook = lambda _: None  # what TensorBoard's thread raises is raised here as well
     run.start_time = time.time()
     rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]

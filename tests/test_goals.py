@@ -116,12 +116,17 @@ def test_goals_are_negatives_of_each_other():
     assert (together.sum(1) <= 1).all() and together.any(0).all()
 
 
+def clip_of(embeddings):
+    """Stands in for a CLIP that knows these prompts; frames are given as their embeddings."""
+    flags = dict(device=torch.device("cpu"), batch_size=2, encode_images=lambda frames: frames)
+    return SimpleNamespace(encode_text=lambda prompts, _: torch.stack([embeddings[p] for p in prompts]), **flags)
+
+
 @BOTH
 def test_a_held_out_goal_competes_with_what_is_trained_on_and_not_with_other_held_out_ones(script, flags):
     x, y, z = torch.eye(3)
     text = {"trained": x, "negative": y, "held out": z, "the same": z, "robot": x}
-    clip = SimpleNamespace(encode_text=lambda prompts, _: torch.stack([text[prompt] for prompt in prompts]))
-    clip.encode_images = lambda frames: frames
+    clip = clip_of(text)
     prompts = dict(goal=("trained",), eval_goal=("held out", "the same"), negatives=("negative",), baseline="robot")
     prompts["temperature"] = 0.01
     reward = script.ClipReward(script.Args(reward="binary", **prompts), clip)
@@ -135,8 +140,7 @@ def test_templates_that_agree_more_win_no_softmax(script, flags, kind):
     text = {"agreed": (0.25, 0.9682, 0), "scattered": (0.25, 0, 0.9682), "robot": (1, 0, 0)}
     lengths = {"agreed": 0.95, "scattered": 0.93, "robot": 1.0}
     means = {name: lengths[name] * torch.tensor(x, dtype=torch.float32) for name, x in text.items()}
-    clip = SimpleNamespace(encode_text=lambda prompts, _: torch.stack([means[prompt] for prompt in prompts]))
-    clip.encode_images = lambda frames: frames
+    clip = clip_of(means)
     args = script.Args(reward=kind, goal=("agreed", "scattered"), baseline="robot", temperature=0.01, threshold=0.45)
     agreed, scattered = script.ClipReward(args, clip)(torch.tensor([[1.0, 0.0, 0.0]]), [0, 1])[0]
     assert (agreed == scattered == 1) if kind == "binary" else agreed != scattered  # VLM-RM's is as its code has it

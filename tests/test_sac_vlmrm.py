@@ -575,7 +575,7 @@ def test_the_line_at_the_start_names_the_renderer_and_warns_of_a_cpus(capsys):
         (None, "cpu", []),
     ):
         envs = SimpleNamespace(call=lambda method, name=name: (name,) if method == "drawn_by" else None)
-        sac_vlmrm.tell_renderer(envs, torch.device(device))
+        sac_vlmrm.tell_renderer(SimpleNamespace(envs=envs, device=torch.device(device)))
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == (len(words) > 0) and all(word in lines[0] for word in words)
         assert ("warning" in "".join(lines)) == ("warning:" in words)
