@@ -43,8 +43,15 @@ GOAL = "a humanoid robot kneeling"
 
 @dataclass
 class Args:
-    only: tuple[Literal["collect", "label", "update", "whole"], ...] = ("collect", "label", "update", "whole")
-    """parts to measure"""
+    only: tuple[Literal["collect", "label", "update", "whole", "scaling"], ...] = (
+        "collect",
+        "label",
+        "update",
+        "whole",
+    )
+    """parts to measure; scaling is the whole in 1 and 2 processes of torchrun, or in as many as --torchrun says"""
+    torchrun: tuple[int, ...] = (1, 2)
+    """numbers of processes for --only scaling"""
     clip: str = str(ROOT / "tests" / "tiny_clip")
     """as sac_vlmrm.py's --clip"""
     random_weights: bool = False
@@ -408,35 +415,54 @@ def first_script(args, source, device):
     return float(output.split()[-1])
 
 
+def run_whole(args, device, processes=None):
+    """Runs the README's first command for --whole-frames frames, by torchrun if `processes` is given.
+
+    Returns frames/s, the seconds of each part of a phase, and the frames from and to which they were measured: from the
+    end of the first phase with updates to the last phase but one, as the last one's evaluation is seldom in a long run.
+    """
+    names = ("collect", "label", "update", "evaluate")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, *launcher, str(ROOT / "sac_vlmrm.py"), "--goal", GOAL, "--clip", args.clip]
+        line += ["--env-id", args.env_id, "--num-envs", str(args.num_envs), "--device", device.type]
+        line += ["--total-timesteps", str(args.whole_frames), "--run-dir", folder]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        log = EventAccumulator(folder).Reload()
+    times = [event for event in log.Scalars("time/update") if event.step >= sac_vlmrm.Args.learning_starts][:-1]
+    seconds = np.diff([event.wall_time for event in times])
+    shares = [[event.value for event in log.Scalars(f"time/{name}")][-len(seconds) - 1 : -1] for name in names]
+    parts = dict(zip(names, np.average(shares, axis=1, weights=seconds) * seconds.mean(), strict=True))
+    return (times[-1].step - times[0].step) / seconds.sum(), parts, times[0].step, times[-1].step
+
+
 def whole(args, table, source, device, state_dim, action_dim):
-    settings, names = sac_vlmrm.Args(), ("collect", "label", "update", "evaluate")
-    turns, counterpart = 1, "a first script with Stable-Baselines3, 480 x 480"
+    settings, turns, counterpart = sac_vlmrm.Args(), 1, "a first script with Stable-Baselines3, 480 x 480"
     if not importlib.util.find_spec("stable_baselines3"):
         turns, counterpart = 0, f"{counterpart}: pip install stable-baselines3 to measure"
     first = [first_script(args, source, device) for _ in range(turns)]  # one turn before and one after
+    rate, parts, start, end = run_whole(args, device)
+    first += [first_script(args, source, device) for _ in range(turns)]
+    what = f"sac_vlmrm.py as the README starts it, frames {start} to {end}"
+    add_row(table, what, rate, "frames/s", counterpart, max(first, default=np.nan), ">= 15")
+    shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+    buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, state_dim, action_dim, device)
+    buffer.add(**transitions(settings.checkpoint_every, state_dim, action_dim))
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, str(ROOT / "sac_vlmrm.py"), "--goal", GOAL, "--clip", args.clip, "--run-dir", folder]
-        line += ["--env-id", args.env_id, "--num-envs", str(args.num_envs), "--device", str(device)]
-        line += ["--total-timesteps", str(args.whole_frames)]
-        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-        log = EventAccumulator(folder).Reload()
-        buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, state_dim, action_dim, device)
-        buffer.add(**transitions(settings.checkpoint_every, state_dim, action_dim))
         start = time.perf_counter()
         sac_vlmrm.save_rows(buffer, Path(folder) / "rows.bin")
         saving = settings.checkpoint_every / (time.perf_counter() - start)
-    first += [first_script(args, source, device) for _ in range(turns)]
-    # From the end of the first phase with updates. The last phase has an evaluation that a long run has seldom.
-    times = [event for event in log.Scalars("time/update") if event.step >= settings.learning_starts][:-1]
-    seconds = np.diff([event.wall_time for event in times])
-    rate = (times[-1].step - times[0].step) / seconds.sum()
-    what = f"sac_vlmrm.py as the README starts it, frames {times[0].step} to {times[-1].step}"
-    add_row(table, what, rate, "frames/s", counterpart, max(first, default=np.nan), ">= 15")
-    shares = [[event.value for event in log.Scalars(f"time/{name}")][-len(seconds) - 1 : -1] for name in names]
-    shares = np.average(shares, axis=1, weights=seconds)
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, shares, strict=True))
     what = f"writing {settings.checkpoint_every} new transitions to a checkpoint"
     add_row(table, what, saving, "frames/s", f"the run itself: {shares}", rate)
+
+
+def scaling(args, table, device):
+    """A row for each number of processes, beside the first one's."""
+    results = [run_whole(args, device, processes) for processes in args.torchrun]
+    for processes, (rate, parts, start, end) in zip(args.torchrun, results, strict=True):
+        seconds = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
+        what = f"{processes} processes of torchrun, frames {start} to {end}: a phase has {seconds}"
+        add_row(table, what, rate, "frames/s", f"{args.torchrun[0]} of them", results[0][0])
 
 
 def random_clip(name, folder):
@@ -469,6 +495,8 @@ def main(args):
             update_ppo(args, table, device, state_dim, action_space)
         if "whole" in args.only:
             whole(args, table, source, device, state_dim, action_space.shape[0])
+        if "scaling" in args.only:
+            scaling(args, table, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     facts = f"{args.env_id}, CLIP {clip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch "
     facts += f"(OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}), device {name}, drawn by {drawn_by}"
