@@ -733,6 +733,7 @@ def train(args):
                     pixels[t] = observation["pixels"]  # of the state after the step, an episode's last one included
                 ended[t] = terminated[t] | truncated
                 if args.terminate_on_success:
+                    rewards[t] = 0.0  # other processes' environments are not of concern here
                     rewards[t, run.mine] = clip_reward(pixels[t], range(n_goals))
                     # Not into `terminated`: for a goal that is swapped in later it may be no success. See SAC.update.
                     ended[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
@@ -1160,9 +1161,9 @@ class ShardedEnvs:
         full[self.mine] = rows
         return full
 
-    def reset(self, *, seed, options=None):
+    def reset(self, *, seed=None, options=None):
         options = options and {"reset_mask": options["reset_mask"][self.mine]}
-        observation, infos = self.envs.reset(seed=seed[self.mine], options=options)
+        observation, infos = self.envs.reset(seed=seed and seed[self.mine], options=options)
         return {**observation, "state": self.spread(observation["state"])}, infos
 
     def step(self, actions):
@@ -1275,6 +1276,8 @@ def start_run(args):
                 stack.enter_context(process_group())
                 run.envs = ShardedEnvs(run.envs, run.mine, args.num_envs)
             run.device = device_of(args)
+            if run.device.type == "cuda":
+                torch.cuda.set_device(run.device)  # or pinned memory would be the first GPU's
             run.stopped_by = [] if args.play else stack.enter_context(stop_signals())
             run.state_dim = run.envs.single_observation_space["state"].shape[0]
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
