@@ -96,7 +96,8 @@ class Args:
     sweep_points: bounded(int, 2) = 101
     """states of a sweep"""
     task: str | None = None
-    """labels states: kneeling, lotus, standing, arms-raised, splits, hands-on-hips, arms-crossed, one-leg, pole"""
+    """labels states: kneeling, lotus, standing, arms-raised, splits, hands-on-hips, arms-crossed, one-leg, pole; `all`
+    judges each --clip and --alpha by the Humanoid's eight tasks, on tests/humanoid_states.npz if no states are given"""
 
     # ---- prompts and rewards: every combination is judged ----
     env_id: str = "Humanoid-v5"
@@ -422,12 +423,12 @@ def sweep_joint(spec, points, env):
 
 
 def encode(sources, xml_path, models, args):
-    """Embeds every frame once with each model: a list of [N, D] float32, one a model.
+    """Embeds every frame once with each model: a list of [N, D] float32, one a model; and the frames/s of each.
 
     Rendered once for each input size; the models of one size see the same frames.
     """
     sizes = [(args.render_size, args.render_size) if args.render_size else tuple(model.size) for model in models]
-    embeddings = [[] for _ in models]
+    embeddings, seconds = [[] for _ in models], np.zeros(len(models))
     total = sum(len(source.table) for source in sources) * len(set(sizes))
     progress = tqdm(total=total, desc="encode", unit=" frames", **PROGRESS_BAR)
     for size in dict.fromkeys(sizes):
@@ -435,12 +436,15 @@ def encode(sources, xml_path, models, args):
         for frames in itertools.chain.from_iterable(source.chunks(render) for source in sources):
             for i, model in enumerate(models):
                 if sizes[i] == size:
+                    start = time.perf_counter()
                     embeddings[i].append(model.encode_images(frames).cpu())
+                    seconds[i] += time.perf_counter() - start
             progress.update(len(frames))
         if render:
             render.close()
     progress.close()
-    return [torch.cat(parts) for parts in embeddings]
+    embeddings = [torch.cat(parts) for parts in embeddings]
+    return embeddings, [len(embedded) / spent for embedded, spent in zip(embeddings, seconds, strict=True)]
 
 
 # ---------------------------------------------------------------- the goal states of the tasks
@@ -586,6 +590,8 @@ TASKS = {  # name: VLM-RM's prompt, criterion
     "one-leg": ("a humanoid robot standing up on one leg", one_leg),
     "pole": ("pole vertically upright on top of the cart", pole),
 }
+
+EIGHT = [task for task in TASKS if task != "pole"]  # VLM-RM's for the humanoid
 
 # Poses for the sweeps, degrees: pitch of the root (positive is forward), abdomen_y, left and right leg (hip_x, hip_z,
 # hip_y, knee), left and right arm (shoulder1, shoulder2, elbow; the right one mirrored, as if it were the left).
@@ -798,7 +804,7 @@ def judge(variant, frames, draws):
 
     # Whole episodes are resampled, since frames of one are much alike; the same ones for all variants.
     episodes = [episode.to_numpy() for episode in frames[frames["counted"]].groupby("group").groups.values()]
-    if len(episodes) < 2:
+    if len(episodes) < 2 or not draws:
         return
     rng = np.random.default_rng(0)
     samples = []
@@ -838,22 +844,11 @@ def describe_sources(sources, frames, variants):
 
 def evaluate_reward(args):
     """Judges the rewards that the flags describe. Returns the folder of the report."""
-    with one_line_errors(args.traceback):
-        # LOAD
-        check_flags(args)
-        sources, xml_path = load_sources(args)
-        about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
-        out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
-        if xml_path:  # a missing EGL is an error now, before the models are loaded
-            render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
-            render(sources[0].qpos[0])
-            render.close()
-        models = load_models(args)
+    # LOAD
+    sources, xml_path, models, out_dir = load(args)
 
     # ENCODE: each frame once a model
-    embeddings = encode(sources, xml_path, models, args)
+    embeddings, _ = encode(sources, xml_path, models, args)
 
     # REWARD: every combination of model, wording, template and alpha reuses the embeddings
     variants = make_variants(models, embeddings, args)
@@ -875,6 +870,46 @@ def evaluate_reward(args):
     for heading, table, explanation in tables:
         print(f"\n{heading}\n{table.to_string(**AS_TEXT)}\n{explanation}")
     print("\nNotes", *notes, f"\nreport in {out_dir / 'report.html'}", sep="\n")
+    return out_dir
+
+
+def evaluate_all_tasks(args):
+    """Judges every model and alpha by each of the Humanoid's tasks, all on the same states. Returns the folder."""
+    sources, xml_path, models, out_dir = load(args)
+    embeddings, rates = encode(sources, xml_path, models, args)
+    rate_of = dict(zip(args.clip, rates, strict=True))
+    humanoid = mujoco.MjModel.from_xml_path(xml_path)
+    rows, worst = [], (-1.0, None)
+    for task in EIGHT:
+        prompt, criterion = TASKS[task]
+        for source in sources:
+            source.table["label"] = meets(criterion, humanoid, source.qpos)
+        frames = gather_frames(sources, None)
+        for variant in make_variants(models, embeddings, replace(args, goal=(prompt,))):
+            judge(variant, frames, 0)
+            about = {"reward": variant.name, "task": task, "goal states": f"{share_of(frames):.1%}"}
+            about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
+            rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
+            worst = max(worst, (variant.metrics["epic"] or 0.0, (variant, frames, prompt)), key=lambda pair: pair[0])
+    table = pd.DataFrame(rows)
+    means = table.groupby("reward", sort=False)[list(METRICS.values())].mean()
+    means = table.drop_duplicates("reward").set_index("reward")[["frames/s", "parameters"]].join(means).reset_index()
+
+    variant, frames, prompt = worst[1]
+    captions = {"heat_map": "ROC-AUC of each reward and task: guessing has 0.5."}
+    plot_heat_map(table).savefig(out_dir / "heat_map.png")
+    plot_contact_sheet(variant, sources, frames, xml_path, args).savefig(out_dir / "contact_sheet.png")
+    captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{prompt}", {variant.name}.'
+    facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
+    each = table.drop(columns=["frames/s", "parameters"])
+    explanation = " ".join(EXPLANATIONS[name] for name in ("EPIC distance", "ROC-AUC", "average precision"))
+    tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]
+    results = {"args": asdict(args), "mean": means.to_dict("records"), "tasks": table.to_dict("records")}
+    (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str))
+    write_page(out_dir, "eight tasks of the Humanoid", facts, tables, [], captions)
+    for heading, shown, _ in tables:
+        print(f"\n{heading}\n{shown.to_string(**AS_TEXT)}")
+    print(f"\nreport in {out_dir / 'report.html'}")
     return out_dir
 
 
@@ -1070,19 +1105,35 @@ def load_sources(args):
             raise ValueError(f"{args.env_id} is no MuJoCo environment, whose states could be rendered: give --frames")
         xml_path = env.fullpath
         bodies = [env.model.body(i).name for i in range(env.model.nbody)]
-        for task in {args.task, *args.sweep} & set(TASKS):
+        for task in {"standing" if args.task == "all" else args.task, *args.sweep} & set(TASKS):
             robot, body = ("InvertedPendulum", "cart") if task == "pole" else ("Humanoid", "lwaist")
             if body not in bodies:
                 raise ValueError(f"{task} is a task of {robot}, not of {args.env_id}")
         sources += [load_rollout(path, args.env_id, env.model) for path in args.rollouts]
         sources += [make_sweep(spec, args.sweep_points, env) for spec in args.sweep]
-        for source in sources if args.task else ():
+        for source in sources if args.task in TASKS else ():
             source.table["label"] = meets(TASKS[args.task][1], env.model, source.qpos)
     if args.frames:
         sources.append(load_frames(args.frames))
         if args.labels:
             read_labels(args.labels, sources[-1].table)
     return sources, xml_path
+
+
+def load(args):
+    """The sources, the xml of the MuJoCo environment or None, the models, and the folder of the report."""
+    with one_line_errors(args.traceback):
+        check_flags(args)
+        sources, xml_path = load_sources(args)
+        about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
+        out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
+        if xml_path:  # a missing EGL is an error now, before the models are loaded
+            render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
+            render(sources[0].qpos[0])
+            render.close()
+        return sources, xml_path, load_models(args), out_dir
 
 
 def load_models(args):
@@ -1303,6 +1354,19 @@ def plot_histograms(shown, sources, frames):
     return figure
 
 
+def plot_heat_map(table):
+    """ROC-AUC of each reward, a row, for each task, a column."""
+    values = table.pivot(index="reward", columns="task", values=METRICS["roc_auc"]).loc[table["reward"].unique(), EIGHT]
+    figure, (ax,) = make_panels(1, 9, 1.5 + 0.3 * len(values))
+    image = ax.imshow(values, vmin=0.5, vmax=1.0, cmap="RdYlGn", aspect="auto")
+    ax.set_xticks(range(len(EIGHT)), EIGHT, rotation=30, horizontalalignment="right")
+    ax.set_yticks(range(len(values)), values.index)
+    for (i, j), value in np.ndenumerate(values):
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    figure.colorbar(image, label="ROC-AUC")
+    return figure
+
+
 def plot_scale(shown, sources, frames):
     """EPIC distance against the size of the model."""
     figure, (ax,) = make_panels(1)
@@ -1399,8 +1463,10 @@ def check_flags(args):
         raise ValueError("nothing to judge: give --rollouts, --frames or --sweep")
     if args.labels and not args.frames:
         raise ValueError("--labels are for --frames, which is missing")
-    if args.task is not None and args.task not in TASKS:
-        raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}")
+    if args.task not in (None, "all", *TASKS):
+        raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}, all")
+    if args.task == "all" and (args.frames or set(args.goal or ()) != {TASKS[task][0] for task in EIGHT}):
+        raise ValueError("--task all judges states, not --frames, by the prompts of VLM-RM: leave --goal out")
     if not (args.alpha and args.clip and args.template):
         raise ValueError("--alpha, --clip and --template need at least one value each")
     if args.reward == "regularized" and max(args.alpha) > 0 and args.baseline in (args.goal or ()):
@@ -1442,6 +1508,8 @@ def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
     args = tyro.cli(Args)
     goals = []
+    if args.task == "all" and not (args.rollouts or args.sweep or args.frames):
+        args.rollouts = (Path(__file__).parent / "tests" / "humanoid_states.npz",)
     defaults = OF_THE_POLE if "pole" in (args.task, *args.sweep) else {}
     if args.rollouts:
         with one_line_errors(args.traceback):
@@ -1455,6 +1523,9 @@ def read_flags():
         named |= {name for name, (prompt, _) in TASKS.items() if prompt in (args.goal or goals)}
         if len(named) == 1:
             args.task = named.pop()
+    if args.task == "all":
+        args.goal = args.goal or tuple(TASKS[task][0] for task in EIGHT)
+        args.negatives = args.negatives or args.goal  # of a binary reward: the other tasks
     if not args.goal:  # a run of many goals is judged by the one that the labels are of
         prompt = TASKS[args.task][0] if args.task in TASKS else None
         args.goal = (prompt,) if prompt and (not goals or prompt in goals) else tuple(goals)
@@ -1486,6 +1557,7 @@ Share = bounded(float, 0, 1)
 
 if __name__ == "__main__":
     try:
-        evaluate_reward(read_flags())
+        arguments = read_flags()
+        evaluate_all_tasks(arguments) if arguments.task == "all" else evaluate_reward(arguments)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -75,7 +75,8 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 # torchrun tells each process that it starts which one it is. All collect and label; the one of rank 0 learns.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass

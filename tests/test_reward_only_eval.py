@@ -1,6 +1,7 @@
 """Behaviour of reward_only_eval.py, through its own functions and its command line, on states and saved runs."""
 
 import csv
+import itertools
 import json
 import math
 import shlex
@@ -396,6 +397,8 @@ def test_frames_after_the_end_of_an_episode_are_dropped(tmp_path):
 
 
 BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
+    "all tasks and a goal": ("--task all --goal x", "--goal"),
+    "all tasks of pictures": ("--task all --frames {}/images", "--frames"),
     "nothing": ("--task kneeling", "--rollouts"),
     "missing rollout": ("--rollouts {}/no.npz", "no.npz"),
     "no rollout": ("--rollouts {}/text.npz", "text.npz"),
@@ -469,6 +472,31 @@ def test_bad_input_is_one_line_and_status_2(flags, named, bad_files, monkeypatch
         evaluate_reward(reward_only_eval.read_flags())
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1 and named in lines[0], lines
+
+
+def test_all_tasks_are_judged_on_the_committed_states_by_every_reward(tmp_path):
+    result = run("reward_only_eval", "--alpha", 0, 1, task="all", clip=TINY_CLIP, device="cpu", out_dir=tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows, states = results["tasks"], np.load(ROOT / "tests" / "humanoid_states.npz")
+    assert {(row["reward"], row["task"]) for row in rows} == set(
+        itertools.product(("alpha 0", "alpha 1"), reward_only_eval.EIGHT)
+    )
+    labels = dict(zip(states["tasks"], states["labels"].mean((0, 1)), strict=True))
+    for row in rows:  # by the criteria as they are today
+        assert row["goal states"] == f"{labels[row['task']]:.1%}" and row["ROC-AUC"] > 0.85, row
+    for mean in results["mean"]:
+        of_reward = [row["EPIC distance"] for row in rows if row["reward"] == mean["reward"]]
+        assert mean["EPIC distance"] == pytest.approx(np.mean(of_reward)) and mean["frames/s"] > 1
+    assert (tmp_path / "heat_map.png").stat().st_size > 1000 and "Each task" in result.stdout
+    assert "worst" in (tmp_path / "report.html").read_text()
+
+
+def test_the_committed_states_are_small_and_hold_goal_states_of_every_task():
+    path = ROOT / "tests" / "humanoid_states.npz"
+    states = np.load(path)
+    assert path.stat().st_size < 1e6 and states["qpos"].shape[::2] == (1500, 24)
+    assert states["labels"].sum((0, 1)).min() > 30
 
 
 OUT_OF_RANGE = ("--sweep-points 1", "--alpha 0 1.5", "--temperature 0", "--clip-batch-size 0", "--bootstrap -1")
