@@ -154,7 +154,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
 
     # ---- environment and camera ----
     num_envs: Count = 8
-    """environments stepped in parallel, each in a process of its own"""
+    """environments stepped in parallel, each in a process of its own; those of all processes of torchrun together"""
     episode_length: Count = 100
     """steps of an episode"""
     early_termination: bool = False

@@ -877,6 +877,8 @@ def evaluate_all_tasks(args):
     """Judges every model and alpha by each of the Humanoid's tasks, all on the same states. Returns the folder."""
     sources, xml_path, models, out_dir = load(args)
     embeddings, rates = encode(sources, xml_path, models, args)
+    tags = ["" if tag == "default" else f" {tag}" for tag in args.clip_pretrained] or [""] * len(args.clip)
+    args = replace(args, clip=tuple(clip + tag for clip, tag in zip(args.clip, tags, strict=True)))  # names to show
     rate_of = dict(zip(args.clip, rates, strict=True))
     humanoid = mujoco.MjModel.from_xml_path(xml_path)
     rows, worst = [], (-1.0, None)
@@ -887,11 +889,13 @@ def evaluate_all_tasks(args):
         frames = gather_frames(sources, None)
         for variant in make_variants(models, embeddings, replace(args, goal=(prompt,))):
             judge(variant, frames, 0)
-            about = {"reward": variant.name, "task": task, "goal states": f"{share_of(frames):.1%}"}
+            about = {"reward": variant.name, "task": task, "goal states": f"{share_of(frames[frames['counted']]):.1%}"}
             about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
             rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
             worst = max(worst, (variant.metrics["epic"] or 0.0, (variant, frames, prompt)), key=lambda pair: pair[0])
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).astype(
+        dict.fromkeys(METRICS.values(), float)
+    )  # None, where no state is the goal, to NaN
     means = table.groupby("reward", sort=False)[list(METRICS.values())].mean()
     means = table.drop_duplicates("reward").set_index("reward")[["frames/s", "parameters"]].join(means).reset_index()
 

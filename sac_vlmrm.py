@@ -155,7 +155,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
 
     # ---- environment and camera ----
     num_envs: Count = 8
-    """environments stepped in parallel, each in a process of its own"""
+    """environments stepped in parallel, each in a process of its own; those of all processes of torchrun together"""
     episode_length: Count = 100
     """steps of an episode"""
     early_termination: bool = False
@@ -580,7 +580,7 @@ class SAC(nn.Module):
 
         with torch.no_grad():
             slow, fast = self.critic_target.parameters(), self.critic.parameters()
-            torch._foreach_lerp_(list(slow), list(fast), self.args.tau)  # one kernel for all, as Adam's `fused`
+            torch._foreach_lerp_(list(slow), list(fast), self.args.tau)  # all at once, as Adam's `fused`
         losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
         return losses | {"q_values": q.detach().mean(), "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
 
@@ -653,7 +653,7 @@ class ReplayBuffer:
 
         A share `relabel` of each gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
         """
-        # The random numbers of all batches are drawn at once: on a GPU, each draw is a kernel that costs as much.
+        # The random numbers of all batches are drawn at once: on a GPU, each draw would be a launch of its own.
         shape, device, n_goals = (n, batch_size, 1), self.rows.device, self.widths[2]
         indices = torch.randint(min(self.total, self.capacity), shape, device=device)
         others = torch.randint(1, max(n_goals, 2), shape, device=device)  # how many goals further the other one is

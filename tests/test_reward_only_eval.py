@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -490,6 +491,22 @@ def test_all_tasks_are_judged_on_the_committed_states_by_every_reward(tmp_path):
         assert mean["EPIC distance"] == pytest.approx(np.mean(of_reward)) and mean["frames/s"] > 1
     assert (tmp_path / "heat_map.png").stat().st_size > 1000 and "Each task" in result.stdout
     assert "worst" in (tmp_path / "report.html").read_text()
+
+
+def test_all_tasks_are_judged_also_where_no_state_is_the_goal_and_by_two_weights_of_one_model(tmp_path):
+    save_rollout(tmp_path / "standing.npz", qpos=np.tile(gym.make("Humanoid-v5").unwrapped.init_qpos, (2, 5, 1)))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reward_only_eval as r\n"
+        "find = r.find_clip\n"
+        f"r.find_clip = lambda clip, tag, mode: find({TINY_CLIP!r}, None, mode)\n"
+        "r.evaluate_all_tasks(r.read_flags())\n"
+    )
+    flags = ["--task", "all", "--rollouts", tmp_path / "standing.npz", "--out-dir", tmp_path / "report"]
+    flags += ["--clip", "Tiny", "Tiny", "--clip-pretrained", "default", "other", "--device", "cpu"]
+    line = [sys.executable, "-c", code, *map(str, flags)]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Tiny, alpha 0" in result.stdout and "Tiny other, alpha 0" in result.stdout
 
 
 def test_the_committed_states_are_small_and_hold_goal_states_of_every_task():
