@@ -1517,7 +1517,7 @@ def read_flags():
     defaults = OF_THE_POLE if "pole" in (args.task, *args.sweep) else {}
     if args.rollouts:
         with one_line_errors(args.traceback):
-            goals = list(dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts))
+            goals = list(filter(None, dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts)))
             defaults = flags_of_run(args.rollouts[0])
         if args.clip != Args.clip:
             defaults.pop("clip_pretrained", None)  # of the run's own model

@@ -516,6 +516,12 @@ def test_the_committed_states_are_small_and_hold_goal_states_of_every_task():
     assert states["labels"].sum((0, 1)).min() > 30
 
 
+def test_the_committed_states_can_be_judged_by_one_task_alone(monkeypatch):
+    states = str(ROOT / "tests" / "humanoid_states.npz")
+    monkeypatch.setattr(sys, "argv", ["reward_only_eval.py", "--rollouts", states, "--task", "arms-raised"])
+    assert reward_only_eval.read_flags().goal == ("a humanoid robot standing up, with both arms raised",)
+
+
 OUT_OF_RANGE = ("--sweep-points 1", "--alpha 0 1.5", "--temperature 0", "--clip-batch-size 0", "--bootstrap -1")
 
 
