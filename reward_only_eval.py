@@ -893,9 +893,8 @@ def evaluate_all_tasks(args):
             about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
             rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
             worst = max(worst, (variant.metrics["epic"] or 0.0, (variant, frames, prompt)), key=lambda pair: pair[0])
-    table = pd.DataFrame(rows).astype(
-        dict.fromkeys(METRICS.values(), float)
-    )  # None, where no state is the goal, to NaN
+    # As floats, so that means leave out what is None, where no state is the goal.
+    table = pd.DataFrame(rows).astype(dict.fromkeys(METRICS.values(), float))
     means = table.groupby("reward", sort=False)[list(METRICS.values())].mean()
     means = table.drop_duplicates("reward").set_index("reward")[["frames/s", "parameters"]].join(means).reset_index()
 

@@ -4,7 +4,8 @@
 
 Each mutant is a copy of the repository in which one text of a script, which must occur there exactly once, is another.
 tests/test_wiring.py must fail, or the script's quick unit tests. NAMEs choose mutants by a part of their line below.
-The exit status is 1 if one survives or cannot be made. It takes some 10 s a mutant, and is not part of the gate.
+The exit status is 1 if one survives or cannot be made. It takes some 10 s a mutant, and is not part of the gate. What those
+tests do not notice is left to tests/test_torchrun.py, a minute more.
 """
 
 import os
@@ -41,7 +42,7 @@ both | best.pt keeps the worst | score >= best_score => not score >= best_score 
 sac | n-step bootstraps from the wrong state | "next_states": reached => "next_states": next_states
 sac | terminated is always false | next_states, terminated, ended) => next_states, terminated & False, ended)
 sac | gamma is hard-coded | (*outcome, args.gamma, => (*outcome, 0.98,
-sac | relabel is not passed on | (args.batch_size, args.relabel) => (args.batch_size)
+sac | relabel is not passed on | args.batch_size, args.relabel) => args.batch_size)
 sac | the normaliser is never updated | agent.normalizer.update(torch => (torch
 sac | acts for goal 0 | agent.act(state, goal_id) => agent.act(state, 0 * goal_id)
 both | evaluation is not deterministic | goal_id), deterministic=True) => goal_id))
@@ -53,12 +54,12 @@ both | networks of another seed | torch.manual_seed(args.seed) => torch.manual_s
 both | noise depends on what was before | torch.manual_seed(torch_seed) => pass
 both | every phase has the same starts | args.seed, 0, first_step, n= => args.seed, 0, 0, n=
 both | later episodes have the same starts | first_step, t + 1, n= => first_step, 1, n=
-both | goals change within an episode | = np.where(ended[t], np_rng => = np.where(True, np_rng
+both | goals change within an episode | = np.where(ended[t], next_goal_id => = np.where(True, next_goal_id
 both | one episode's end ends all | "reset_mask": ended[t]} => "reset_mask": ended[t] | True}
 both | goal 0's success ends an episode | np.arange(args.num_envs), goal_id] > 0 => np.arange(args.num_envs), 0] > 0
 both | truncation does not end an episode | ended[t] = terminated[t] | truncated => ended[t] = terminated[t]
 both | charts are of goal 0 | env_rewards, pursued if => env_rewards, rewards[..., 0] if
-both | nothing is evaluated before the end | if last or global_step // args.eval_every > => if last and global_step >
+both | nothing is evaluated before the end | = last or global_step // args.eval_every > => = last and global_step >
 both | a checkpoint each phase | > first_step // args.checkpoint_every => > 0 * first_step
 both | the learning rate stays | (1.0 - first_step / args.total_timesteps) => 1.0
 both | the learning rate is annealed unasked | if args.anneal_lr: => if True:
@@ -89,12 +90,12 @@ sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[
 sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
 sac | what is not to be swapped is | device=device) < relabel => device=device) > relabel
 sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
-both | frames are scored before they are there | frames[: (t + 1) * args.num_envs] => frames[: (t + 2) * args.num_envs]
+both | frames are scored before they are there | frames[: (t + 1) * pixels.shape[1]] => frames[: (t + 2) * pixels.shape[1]]
 both | part of a chunk is scored ahead | // self.clip.batch_size * self.clip.batch_size] => // 1]
 both | what was scored is scored again | range(size * len(self.chunks), len => range(0, len
 both | nothing is scored ahead | clip_reward.score_ahead(frames => (frames
 ppo | actions are not sampled | actions[t] = policy.sample() => actions[t] = policy.mean
-ppo | statistics of the rollout are not kept | agent.normalizer.update(tensor) => pass
+ppo | statistics of the rollout are not kept | agent.normalizer.update(torch => (torch
 ppo | probabilities of clipped actions | policy.log_prob(actions[t]) => policy.log_prob(actions[t].clamp(-1, 1))
 ppo | success is bootstrapped | terminated[t] |= rewards => truncated |= rewards
 ppo | the rollout's end is not bootstrapped | last_steps[-1] = True => pass
@@ -118,6 +119,10 @@ both | more episodes than asked for | for steps in rounds])[: args.eval_episodes
 both | evaluations start elsewhere | episode_seeds(args.seed, start_key, => episode_seeds(global_step, start_key,
 both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
 both | best.pt by the environment's reward | result.get("clip_rewards", result["env_rewards"]) => result["env_rewards"]
+both | other processes' transitions are lost | array.copy_(torch.cat([part[i] for part in parts], 1)) => pass
+both | other processes act by an old agent | tensor.copy_(values.view_as(tensor)) => pass
+both | other processes' episodes are not evaluated | rounds += gather(steps) => rounds += [gather(steps) and steps]
+both | other processes score other frames | rewards[:, run.mine] = clip_reward => rewards[:, : pixels.shape[1]] = clip_reward
 """
 
 
@@ -152,6 +157,7 @@ def main(names):
                 path.write_text(source.replace(old, new) if old else source)
                 failed = first_failure(folder, "tests/test_wiring.py", "-k", script)
                 failed = failed or first_failure(folder, *UNIT_TESTS[script])
+                failed = failed or first_failure(folder, "tests/test_torchrun.py", "-k", f"change_the_run and {script}")
                 path.write_text(source)
                 verdict = f"noticed by {failed}" if failed else "SURVIVES" if old else "the tests pass"
                 if failed and not old:
