@@ -115,7 +115,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
 
     # ---- task and prompts ----
     env_id: str = "Humanoid-v5"
-    """Gymnasium id: continuous actions, `rgb_array` rendering"""
+    """Gymnasium id (MODULE:ID imports your own module first) of an environment with `rgb_array` rendering"""
     goal: tuple[str, ...] = ("a humanoid robot kneeling",)
     """the task, in words that describe the state to reach, or the file of an image of it, .png or .jpg (beyond both
     papers); several make the policy language-conditioned (VLM-SR)"""
@@ -1236,7 +1236,7 @@ def make_run_dir(args):
     if args.run_dir:
         args.run_dir.mkdir(parents=True, exist_ok=True)
         return args.run_dir
-    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):

@@ -101,7 +101,7 @@ class Args:
 
     # ---- prompts and rewards: every combination is judged ----
     env_id: str = "Humanoid-v5"
-    """Gymnasium id: continuous actions, `rgb_array` rendering"""
+    """Gymnasium id (MODULE:ID imports your own module first) of an environment with `rgb_array` rendering"""
     goal: tuple[str, ...] | None = None
     """wordings of the goal, each judged on its own (default: the task's prompt in VLM-RM)"""
     baseline: str = "a humanoid robot"
@@ -1128,7 +1128,7 @@ def load(args):
     with one_line_errors(args.traceback):
         check_flags(args)
         sources, xml_path = load_sources(args)
-        about = args.env_id.replace("/", "-") if xml_path else args.frames.stem
+        about = re.sub("[/:]", "-", args.env_id) if xml_path else args.frames.stem
         out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "results.json").touch()  # a folder that can't be written to is an error now

@@ -396,9 +396,10 @@ def test_two_processes_never_share_a_run(tmp_path, reference):
 def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "time", lambda: 1.0)
-    args = Args()
+    args = Args(env_id="my_robots:mine/Arm-v0")
     folders = [sac_vlmrm.make_run_dir(args) for _ in range(3)]
-    assert [folder.name for folder in folders] == [f"Humanoid-v5__sac_vlmrm__1__1{end}" for end in ("", "-2", "-3")]
+    name = "my_robots-mine-Arm-v0__sac_vlmrm__1__1"  # of characters that a path may have anywhere
+    assert [folder.name for folder in folders] == [name, f"{name}-2", f"{name}-3"]
 
 
 class Payload:

@@ -4,8 +4,8 @@
 
 Each mutant is a copy of the repository in which one text of a script, which must occur there exactly once, is another.
 tests/test_wiring.py must fail, or the script's quick unit tests. NAMEs choose mutants by a part of their line below.
-The exit status is 1 if one survives or cannot be made. It takes some 10 s a mutant, and is not part of the gate. What those
-tests do not notice is left to tests/test_torchrun.py, a minute more.
+What those do not notice is left to tests/test_torchrun.py. The exit status is 1 if a mutant survives or cannot be
+made. It takes some 10 s a mutant, or a minute, and is not part of the gate.
 """
 
 import os
@@ -90,7 +90,7 @@ sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[
 sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
 sac | what is not to be swapped is | device=device) < relabel => device=device) > relabel
 sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
-both | frames are scored before they are there | frames[: (t + 1) * pixels.shape[1]] => frames[: (t + 2) * pixels.shape[1]]
+both | frames are scored too early | frames[: (t + 1) * pixels.shape[1]] => frames[: (t + 2) * pixels.shape[1]]
 both | part of a chunk is scored ahead | // self.clip.batch_size * self.clip.batch_size] => // 1]
 both | what was scored is scored again | range(size * len(self.chunks), len => range(0, len
 both | nothing is scored ahead | clip_reward.score_ahead(frames => (frames
@@ -122,7 +122,7 @@ both | best.pt by the environment's reward | result.get("clip_rewards", result["
 both | other processes' transitions are lost | array.copy_(torch.cat([part[i] for part in parts], 1)) => pass
 both | other processes act by an old agent | tensor.copy_(values.view_as(tensor)) => pass
 both | other processes' episodes are not evaluated | rounds += gather(steps) => rounds += [gather(steps) and steps]
-both | other processes score other frames | rewards[:, run.mine] = clip_reward => rewards[:, : pixels.shape[1]] = clip_reward
+both | other processes' rewards are lost | rewards[:, run.mine] = clip_reward => _ = clip_reward
 """
 
 
