@@ -7,10 +7,10 @@ and labels that `make_data` makes of them.
 From the top: the tables, the robots with the rule, the states to render, the data.
 """
 
+import copy
 import functools
 import itertools
 import json
-import multiprocessing
 import sys
 import tomllib
 from pathlib import Path
@@ -21,8 +21,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 # The renderer that the scripts train with. mujoco comes from there too: it must be imported after MUJOCO_GL is set.
-from sac_vlmrm import SceneRenderer, mujoco
+from sac_vlmrm import SceneRenderer, mujoco  # isort: skip
+from success import LYING
+
+from reward_only_eval import TASKS, Body
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,6 +55,11 @@ PROMPTS = {s: words if s in OTHER_STATES else f"a humanoid robot {words}" for s,
 EPISODE_STATES = [state for state, times in TABLES.episode_states.items() for _ in range(times)]
 WAYS = TABLES.ways["scored"] + TABLES.ways["others"]
 
+# The states whose sentences get a graded target: VLM-RM's eight tasks and two of lying, by the criteria of success.
+CRITERIA = {name.replace("-", " "): criterion for name, (_, criterion) in TASKS.items() if name != "pole"}
+CRITERIA |= {"back": LYING["on-its-back"][1], "front": LYING["face-down"][1]}
+GRADED = list(CRITERIA)
+
 STRAIGHT = (0, 0, 0, -2)  # a leg
 DEFAULT_CAMERA = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0.0, 0.0, 1.0), follow=True)
 SHARD = 250  # frames that a process makes at a time
@@ -64,8 +73,24 @@ def gate(value, threshold, width):
     return 1.0 / (1.0 + np.exp(np.clip((threshold - value) / width, -30, 30)))
 
 
+def ramp(value, *knots):
+    """0 below the first knot, 1 above the last, as much between each two."""
+    return np.interp(value, knots, np.linspace(0, 1, len(knots)))
+
+
+def of_both(left_right):
+    """Of a pair: one alone is worth a sixth."""
+    return 0.67 * min(left_right) + 0.33 * np.mean(left_right)
+
+
 def one_hot(name, names):
     return np.eye(len(names), dtype=np.float32)[names.index(name)]
+
+
+def two_arms(angles, mirrored=False):
+    """Left and right arm: of a pose that is the same on both sides, or of one that has six angles."""
+    arms = [angles[:3], angles[-3:]]
+    return arms[::-1] if mirrored else arms
 
 
 class Robot:
@@ -118,12 +143,17 @@ class Humanoid(Robot):
         super().__init__("Humanoid-v5")
         self.low, self.high = self.model.jnt_range[1:].T + np.array([[0.01], [-0.01]])
         self.joint_of_actuator = self.model.actuator_trnid[:, 0]
+        # What is within 1 cm of the floor touches it, as for the criteria of success.
+        self.near_model = copy.copy(self.model)
+        self.near_model.geom_margin[:] = 0.01
+        self.near_data = mujoco.MjData(self.near_model)
         # Each arm pose as the positions of elbows and hands about the torso. Raised arms have a rule of their own.
-        self.arm_marks = {}
+        self.arm_marks = []
         for name, arm in TABLES.arm_poses.items():
             if name != "raised":
-                self.forward(self.pose(0, 0, STRAIGHT, STRAIGHT, arm, arm))
-                self.arm_marks[name] = self.arm_positions()
+                for mirrored in {False, len(arm) == 6}:
+                    self.forward(self.pose(0, 0, STRAIGHT, STRAIGHT, *two_arms(arm, mirrored)))
+                    self.arm_marks.append((name, self.arm_positions()))
 
     def pose(self, pitch, abdomen_y, left_leg, right_leg, left_arm, right_arm):
         """qpos [24] from angles in degrees; right_arm is given mirrored, as the left one is."""
@@ -154,11 +184,11 @@ class Humanoid(Robot):
         points[:2, 1] *= -1
         return points.reshape(2, 6)
 
-    def label(self, qpos, knee=0.13, upright=0.68):
+    def label(self, qpos):
         """Shares of ALL_POSTURES and of ALL_ARMS in a state; between two, both have some.
 
         Kneeling: both knees within 0.12 m of the floor, the torso's up-axis above 0.7, thighs not on the floor, not in
-        the air. `knee` and `upright` are where kneeling is as true as not.
+        the air.
         """
         self.forward(qpos)
         low = self.lowest()
@@ -191,16 +221,20 @@ class Humanoid(Robot):
 
         tilted = gate(-up, -0.65, 0.04)
         claim(gate(low.min(), 0.15, 0.025), {"mid-air": 1 - 0.5 * tilted, "falling": 0.5 * tilted})
-        knees_down = gate(-highest_knee, -knee, 0.008)
-        claim(knees_down * gate(up, upright, 0.02) * gate(pelvis, 0.18, 0.012) * bent, {"kneeling": 1})
+        knees_down = gate(-highest_knee, -0.13, 0.008)
+        claim(knees_down * gate(up, 0.68, 0.02) * gate(pelvis, 0.18, 0.012) * bent, {"kneeling": 1})
         # Knees that sink while the thighs point down: between standing and kneeling, by their height.
         sunk = 0.8 * np.clip((0.4 - highest_knee) / 0.3, 0, 1)
         sinking = torso_up * gate(-max(thighs[0][2], thighs[1][2]), 0.75, 0.04) * gate(-highest_knee, -0.37, 0.015)
-        claim(sinking * gate(-abs(knees[0] - knees[1]), -0.15, 0.03), {"kneeling": sunk, "standing": 1 - sunk})
+        level = sinking * gate(-abs(knees[0] - knees[1]), -0.15, 0.03)
+        claim(level * ramp(-abs(highest_knee - 0.2), -0.1, -0.03), {"almost kneeling": 1})
+        claim(level, {"kneeling": sunk, "standing": 1 - sunk})
         one_knee = torso_up * gate(-knees.min(), -0.13, 0.01) * gate(highest_knee, 0.2, 0.02)
         claim(one_knee * gate(pelvis, 0.28, 0.02), {"one knee": 0.75, "kneeling": 0.25})
-        lifted = gate(feet.max(), 0.17, 0.02) * gate(-feet.min(), -0.1, 0.02)
-        claim(gate(up, 0.78, 0.03) * gate(pelvis, 0.72, 0.03), {"one leg": lifted, "standing": 1 - lifted})
+        lifted = gate(feet.max(), 0.14, 0.02) * gate(-feet.min(), -0.1, 0.02)
+        barely = (1 - lifted) * gate(feet.max(), 0.05, 0.01) * gate(-feet.min(), -0.03, 0.01)
+        parts = {"one leg": lifted, "foot barely up": barely, "standing": 1 - lifted - barely}
+        claim(gate(up, 0.78, 0.03) * gate(pelvis, 0.72, 0.03), parts)
         folded = gate(bend.min(), 100, 8) * gate(-highest_knee, -0.34, 0.02) * gate(spread, 45, 6)
         straddle = gate(spread, 85, 6) * gate(-bend.max(), -50, 6) * gate(-highest_knee, -0.25, 0.02)
         seated = {"splits": straddle, "lotus": (1 - straddle) * folded, "sitting": (1 - straddle) * (1 - folded)}
@@ -223,7 +257,7 @@ class Humanoid(Robot):
         """Shares of ALL_ARMS in the current state: by how near elbows and hands are to those of each arm pose."""
         arms = self.arm_positions()
         near = dict.fromkeys(ALL_ARMS, 0.0)
-        for name, mark in self.arm_marks.items():
+        for name, mark in self.arm_marks:
             if name == "bent":
                 name = "down"
             elif name not in near:
@@ -231,10 +265,104 @@ class Humanoid(Robot):
             near[name] += np.exp(-((arms - mark) ** 2).sum() / (4 * 0.11**2))
         near["other"] += np.exp(-(1.4**2))
         total = sum(near.values())
-        raised = gate(arms[:, 5].min(), 0.27, 0.02)  # both hands above the head's middle
-        shares = {name: (1 - raised) * value / total for name, value in near.items()}
-        shares["raised"] = raised
+        raised = sorted(gate(arms[:, 5], 0.27, 0.02))  # hands above the head's middle, the lower one first
+        shares = {name: (1 - raised[1]) * value / total for name, value in near.items()}
+        shares["raised"] = raised[0]
+        shares["one raised"] = raised[1] - raised[0]
         return np.array(list(shares.values()), np.float32)
+
+    def scores(self, qpos):
+        """How well a state fits each of GRADED, in 0..1; the criteria of success decide what is above 0.6.
+
+        Outside of a criterion the score is 0.6 times how near the state is to it, inside 0.8 to 1 with the distance
+        from its edge. A fifth of it falls with the other joints' distance from a natural pose. Nearness is a product of
+        what the criterion asks for, each from 0 far off to 1 at the edge, and a little of their mean: that has a
+        slope where a factor is 0, as for who lies on the floor and sits up.
+        """
+        self.forward(qpos)
+        arms = self.arm_positions()
+        hanging = [mark for name, mark in self.arm_marks if name in ("down", "bent", "start")]
+        arms_off = np.mean([min(np.linalg.norm(arms[i] - mark[i]) for mark in hanging) for i in (0, 1)])
+        arms_natural = np.exp(-((arms_off / 0.5) ** 2))
+        joints = np.rad2deg(qpos[7:])
+        chest_natural = np.exp(-((joints[:3] / 35) ** 2).sum())
+        body_natural = chest_natural * np.exp(-(((joints[3:11] - 2 * STRAIGHT) / 45) ** 2).mean())
+
+        data = self.near_data
+        data.qpos[:] = qpos
+        mujoco.mj_forward(self.near_model, data)
+        b = Body(self.near_model, data)
+        down = b.soles < max(0.05, b.soles.min() + 0.01)
+        offset = np.linalg.norm(b.center - b.feet_at[down, :2].mean(0))  # of the center of mass from what it stands on
+        above_head = b.hands_at[:, 2] - b.head_top
+        crossed = b.hands[1, 1] - b.hands[0, 1]
+        ahead = b.hands[:, 0]
+        off_chest = np.abs(b.hands[:, 2]).max()
+        sole = b.soles.max()
+        balance = np.linalg.norm(b.center - b.feet_at[b.soles.argmin(), :2])
+        chest = data.body("torso").xpos[2]
+        face = data.body("torso").xmat[6]
+        high, wide = b.knees.max(), np.abs(b.feet[:, 1]).max()
+        far = np.linalg.norm(b.feet, axis=1).max()
+
+        stance = [ramp(b.pelvis, 0.1, 0.7), ramp(b.up, 0, 0.8)]
+        stance.append(ramp(-offset, -0.9, -0.3) * ramp(-b.soles.min(), -0.3, -0.05))
+        firm = np.mean([ramp(b.pelvis, 0.7, 0.82), ramp(b.up, 0.8, 0.96), ramp(-offset, -0.3, -0.1)])
+        hips = of_both([ramp(-distance, -0.7, -0.17, -0.145, -0.12) for distance in b.hands_to_hips])
+        before_chest = ramp(ahead.min(), -0.3, 0.05) * ramp(-ahead.max(), -0.7, -0.45) * ramp(-off_chest, -0.7, -0.2)
+        cross = ramp(crossed, -0.6, 0.1) * (0.3 + 0.7 * before_chest)
+        one_foot = ramp(sole, 0, 0.1) * (0.5 + 0.5 * ramp(-balance, -0.4, -0.2))
+        kneels = of_both(ramp(-b.knees, -0.42, -0.12))
+        seated = [ramp(-b.seat, -0.8, -0.1), ramp(b.up, 0, 0.7)]
+        sunk = ramp(-b.seat, -0.1, -0.03)
+        folded = [ramp(b.bend.min(), 10, 90), ramp(b.thighs_out.min(), -0.2, 0.5), ramp(-far, -0.8, -0.4)]
+        folded = np.mean([*folded, ramp(-wide, -0.6, -0.2)])
+        straddle = [ramp(b.legs_out.min(), 0, 0.7), ramp(-sole, -0.6, -0.15), ramp(-b.bend.max(), -120, -45)]
+
+        def stands_and(fit):
+            return [*stance, 0.15 + 0.85 * fit]
+
+        # What is asked of each, from far off to the edge; how deep inside it is; how natural the other joints are.
+        fits = {
+            "kneeling": (
+                [kneels, ramp(b.up, 0, 0.7), ramp(b.bend.min(), 0, 45)],
+                [ramp(-high, -0.12, -0.07), ramp(b.up, 0.7, 0.92), ramp(b.bend.min(), 45, 80)],
+                arms_natural * chest_natural,
+            ),
+            "lotus": (
+                [*seated, ramp(-high, -0.6, -0.3), folded],
+                [sunk, ramp(b.up, 0.7, 0.92), ramp(b.thighs_out.min(), 0.5, 0.65)],
+                arms_natural,
+            ),
+            "standing": (stance, [firm], arms_natural * body_natural),
+            "arms raised": (
+                stands_and(of_both(ramp(above_head, -0.8, 0))),
+                [firm, ramp(above_head.min(), 0, 0.2)],
+                body_natural,
+            ),
+            "splits": (
+                [seated[0], ramp(b.up, 0, 0.5), np.mean(straddle)],
+                [sunk, ramp(b.up, 0.5, 0.9), ramp(b.legs_out.min(), 0.7, 0.85)],
+                arms_natural,
+            ),
+            "hands on hips": (stands_and(hips), [firm, ramp(-b.hands_to_hips.max(), -0.12, -0.06)], body_natural),
+            "arms crossed": (stands_and(cross), [firm, ramp(crossed, 0.1, 0.15)], body_natural),
+            "one leg": (
+                stands_and(one_foot),
+                [firm, ramp(sole, 0.1, 0.25), ramp(-balance, -0.2, -0.08)],
+                arms_natural * chest_natural,
+            ),
+            "back": ([ramp(-chest, -1.2, -0.3), ramp(face, -0.4, 0.7)], [ramp(face, 0.7, 0.95)], arms_natural),
+            "front": ([ramp(-chest, -1.2, -0.3), ramp(-face, -0.4, 0.7)], [ramp(-face, 0.7, 0.95)], arms_natural),
+        }
+        result = []
+        for state in GRADED:
+            asked, deep, natural = fits[state]
+            near = 0.2 * np.mean(asked) + 0.8 * np.prod(asked)
+            met = near > 0.99 and CRITERIA[state](self.near_model, data)
+            score = 0.8 + 0.2 * np.mean(deep) if met else 0.6 * near
+            result.append(score * (0.8 + 0.2 * natural))
+        return np.array(result, np.float32)
 
 
 class Other(Robot):
@@ -292,14 +420,10 @@ def open_robot(name):
 
 
 @functools.cache
-def agent_states(name):
-    """States of the humanoid [N, 24] that a search ("qpos") or SAC agents ("qpos_sac") found.
-
-    The search climbed the reward of an earlier version. The agents visited theirs in the deterministic episodes of
-    their training, all the way from random to kneeling: two were trained on the reward of the first round, and four on
-    that of an earlier second round (of these every fourth state, and late ones that are not kneeling).
-    """
-    return np.load(HERE / "agent_states.npz")[name]
+def agent_states(*names):
+    """States of the humanoid [N, 24] that a search ("search") or agents on earlier rewards ("agents") have found."""
+    with np.load(HERE / "agent_states.npz") as states:
+        return np.concatenate([states[name] for name in names])
 
 
 # ---------------------------------------------------------------- states to render
@@ -324,10 +448,12 @@ def random_heading(rng):
     return np.deg2rad(rng.uniform(-180, 180))
 
 
-def random_arm(rng, kind, spread, held_out):
+def random_arms(rng, kind, spread, held_out):
+    """Left and right."""
     if kind == "random":
-        return rng.uniform((-55, -55, -85), (80, 80, 45))
-    return np.array(TABLES.arm_poses[kind]) + noise(rng, spread, 3, held_out)
+        return [rng.uniform((-55, -55, -85), (80, 80, 45)) for _ in range(2)]
+    arms = two_arms(TABLES.arm_poses[kind], rng.random() < 0.5)
+    return [np.array(arm) + noise(rng, spread, 3, held_out) for arm in arms]
 
 
 def tangle(h, rng):
@@ -348,8 +474,7 @@ def posed(h, rng, state, held_out):
         left, right = right, left
     kind = pick(rng, [arm for name in arms for arm in TABLES.arm_sets.get(name, [name])])
     spread = 7 if state in TABLES.standing_arms or state == "crawling" else 10  # less where the arms make the state
-    left_arm = random_arm(rng, kind, spread, held_out)
-    right_arm = random_arm(rng, kind, spread, held_out)
+    left_arm, right_arm = random_arms(rng, kind, spread, held_out)
     legs = rng.uniform(4, 8) * share
     left = left + noise(rng, legs, 4, held_out)
     right = right + noise(rng, legs, 4, held_out)
@@ -379,8 +504,8 @@ def way_state(h, way, share, noise_joints=0.0, heading=0.0):
     ends = []
     for state, row, arm in (way[:3], way[3:]):
         pitch, abdomen_y, left, right, _, _ = TABLES.poses[state][row]
-        arm = TABLES.arm_poses[arm]
-        ends.append(np.array([pitch, *h.pose(0, abdomen_y, left, right, arm, arm)[7:]]))
+        arms = two_arms(TABLES.arm_poses[arm])
+        ends.append(np.array([pitch, *h.pose(0, abdomen_y, left, right, *arms)[7:]]))
     pitch, *joints = (1 - share) * ends[0] + share * ends[1]
     qpos = h.pose(pitch, 0, STRAIGHT, STRAIGHT, (0, 0, 0), (0, 0, 0))
     qpos[7:] = np.array(joints) + noise_joints
@@ -398,6 +523,41 @@ def between(h, rng, held_out):
     linear[ALL_POSTURES.index(STATES[way[0]][0])] += 1 - share
     linear[ALL_POSTURES.index(STATES[way[3]][0])] += share
     return qpos, 0.5 * label + 0.5 * linear, arms
+
+
+PARTS = [slice(3, 7), slice(7, 10), slice(10, 14), slice(14, 18), slice(18, 21), slice(21, 24)]  # of qpos
+
+
+def mixed(h, rng, held_out):
+    """A state near one of GRADED's: each arm, each leg, the chest and the root are at it, elsewhere or on the way."""
+    goal = posed(h, rng, pick(rng, GRADED), held_out)
+    other = posed(h, rng, "standing" if rng.random() < 0.4 else pick(rng, EPISODE_STATES), held_out)
+    at_goal = rng.choice([0.4, 0.75, 0.95])
+    qpos = goal.copy()
+    shares = [1.0 if rng.random() < at_goal else rng.choice([0.0, rng.random(), rng.random()]) for _ in PARTS]
+    for right in (2, 4):  # the other leg, the other arm
+        if rng.random() < 0.5:
+            shares[right + 1] = shares[right]
+    for part, share in zip(PARTS, shares, strict=True):
+        far_side = -1 if part == PARTS[0] and goal[part] @ other[part] < 0 else 1  # of two quaternions
+        qpos[part] = share * goal[part] + (1 - share) * far_side * other[part]
+    qpos[3:7] /= np.linalg.norm(qpos[3:7])
+    return mutated(h, rng, qpos, 0.15, 4)
+
+
+def mutated(h, rng, qpos, chance, degrees):
+    """A state with noise in its joints, some of them turned, the chest twisted, the body tilted, or above the floor."""
+    qpos = qpos.copy()
+    qpos[7:] += np.deg2rad(rng.normal(0, degrees, 17)) * (rng.random(17) < 0.5)
+    if rng.random() < chance:
+        qpos[7] = rng.uniform(h.low[0], h.high[0])
+    if rng.random() < chance:
+        joint = rng.integers(17)
+        qpos[7 + joint] = rng.uniform(h.low[joint], h.high[joint])
+    if rng.random() < 2 * chance:
+        for axis in ((1, 0, 0), (0, 1, 0)):
+            qpos = h.turn(qpos, np.deg2rad(rng.normal(0, 3 * degrees)), axis)
+    return h.to_floor(h.within_limits(qpos), abs(rng.normal(0, 0.1)) if rng.random() < chance else 0.0)
 
 
 def rollout(h, rng, held_out):
@@ -463,9 +623,8 @@ def random_camera(rng, qpos):
 
 
 def humanoid_frames(rng, source, number, held_out):
-    """Yields (frame, shares of postures, shares of arms, qpos) without end, from frame `number` of a source on."""
+    """Yields (frame, shares of postures, shares of arms, scores, qpos) without end, from frame `number` on."""
     h = open_robot("humanoid")
-    start = number
     queue = []
     while True:
         if source == "posed":  # the table's in turn
@@ -491,31 +650,47 @@ def humanoid_frames(rng, source, number, held_out):
                 continue
         elif source == "between":
             qpos, label, arms = between(h, rng, held_out)
-        elif source == "agent":
-            qpos = pick(rng, agent_states("qpos")).astype(np.float64)
+        elif source == "mixed":
+            qpos = mixed(h, rng, held_out)
             label, arms = h.label(qpos)
         else:
-            visited = agent_states("qpos_sac")
-            qpos = visited[number % len(visited)].astype(np.float64)
-            if start >= len(visited):  # the second time round a little off, to both sides of each boundary
+            names = ["held_out"] if held_out else [source]
+            qpos = pick(rng, agent_states(*names)).astype(np.float64)
+            if not held_out and rng.random() < 0.5:  # a little off, to both sides of each boundary
                 qpos[2] += rng.normal(0, 0.03)
                 qpos[7:] += np.deg2rad(rng.normal(0, 4, len(qpos) - 7))
-            label, arms = h.label(qpos, knee=0.115, upright=0.73)  # on the safe side of what counts as kneeling
+            label, arms = h.label(qpos)
         camera = random_camera(rng, qpos)
-        if source == "sac" and rng.random() < 0.75:
+        if source in ("mixed", "agents") and (held_out or rng.random() < 0.7):
             camera = {}
-        yield h.render(rng, qpos, camera), label, arms, qpos
+        yield h.render(rng, qpos, camera), label, arms, h.scores(qpos), qpos
         number += 1
 
 
 def other_frames(rng, name):
-    """Yields (frame, shares of postures, shares of arms, qpos) without end; arms and qpos are the humanoid's alone."""
+    """Yields what `humanoid_frames` does; arms, scores and qpos are the humanoid's alone."""
     other = open_robot(name)
     while True:
         qpos, shares, camera = other.sample(rng)
         label = np.zeros(len(ALL_POSTURES), np.float32)
         label[[ALL_POSTURES.index(state) for state in WORDS.others[name]["states"]]] = shares
-        yield other.render(rng, qpos, camera), label, one_hot("other", ALL_ARMS), np.zeros(24)
+        scores = np.zeros(len(GRADED), np.float32)
+        yield other.render(rng, qpos, camera), label, one_hot("other", ALL_ARMS), scores, np.zeros(24)
+
+
+COLUMNS = ("frames", "postures", "arms", "scores", "qpos")
+
+
+def mutate(job):
+    """Mutated states and how the training scripts see them, as `make_data` has it."""
+    states, seed = job
+    h = open_robot("humanoid")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for qpos in states:
+        qpos = mutated(h, rng, qpos.astype(np.float64), 0.15, 8)
+        rows.append((h.renderers[SIZE](qpos), *h.label(qpos), h.scores(qpos), qpos.astype(np.float32)))
+    return dict(zip(COLUMNS, map(np.stack, zip(*rows, strict=True)), strict=True))
 
 
 def make_shard(job):
@@ -525,20 +700,26 @@ def make_shard(job):
     if source in WORDS.others:
         rows = other_frames(rng, source)
     else:
-        # "posed" counts in shards of this one's size, as it did for the committed weights: the last may be a short one.
-        rows = humanoid_frames(rng, source, index * (count if source == "posed" else SHARD), held_out)
-    frames, postures, arms, states = map(np.stack, zip(*itertools.islice(rows, count), strict=True))
-    states = states.astype(np.float32)
-    return dict(frames=frames, postures=postures, arms=arms, qpos=states, source=np.full(count, source))
+        rows = humanoid_frames(rng, source, index * SHARD, held_out)
+    columns = map(np.stack, zip(*itertools.islice(rows, count), strict=True))
+    return dict(zip(COLUMNS, columns, strict=True)) | {"source": np.full(count, source, "U8")}
 
 
-def make_data(seed, column, scale=1.0):
-    """All frames of a column of the table, from two processes that are forked before this one opens OpenGL."""
+def make_data(pool, seed, column, scale=1.0):
+    """All frames of a column of the table. `pool` must be forked before this process opens OpenGL."""
     jobs = []
     for source, counts in TABLES.frames.items():
         total = int(counts[column] * scale)
         for first in range(0, total, SHARD):
             jobs.append((source, first // SHARD, min(SHARD, total - first), seed, column == "held_out"))
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        shards = list(pool.imap(make_shard, jobs))
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    data = {}
+    filled = 0
+    for shard in pool.imap(make_shard, jobs):  # into arrays of the whole size: they are too large to be held twice
+        count = len(shard["source"])
+        for name, values in shard.items():
+            if name not in data:
+                dtype = np.float32 if name == "qpos" else values.dtype
+                data[name] = np.empty((sum(job[2] for job in jobs), *values.shape[1:]), dtype)
+            data[name][filled : filled + count] = values
+        filled += count
+    return data

@@ -55,6 +55,18 @@ def criterion_of(goal, task):
     sys.exit(f'error: no task is "{goal}": name one with --task ({", ".join(tasks)})')
 
 
+def steps_met(rollout, criterion, model):
+    """Whether a goal state is reached, at each step of each episode: [episodes, T]; not after an episode's end."""
+    qpos, lengths = rollout["qpos"], rollout["lengths"]
+    met = meets(criterion, model, qpos.reshape(-1, qpos.shape[2])).reshape(qpos.shape[:2])
+    return met * (np.arange(qpos.shape[1]) < lengths[:, None])
+
+
+def successful(rollout, criterion, model):
+    """Which episodes are in the goal state for at least half of their steps: [episodes]."""
+    return steps_met(rollout, criterion, model).sum(1) >= 0.5 * rollout["lengths"]
+
+
 def draw_curves(run_dirs, path):
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -75,15 +87,12 @@ def main(args):
     episodes = []
     for path in args.rollouts:
         rollout = np.load(path)
-        qpos, lengths = rollout["qpos"], rollout["lengths"]
+        qpos = rollout["qpos"]
         criterion = criterion_of(str(rollout["goal"]), args.task)
-        met = meets(criterion, env.model, qpos.reshape(-1, qpos.shape[2])).reshape(qpos.shape[:2])
-        met *= np.arange(qpos.shape[1]) < lengths[:, None]  # what is after the end of an episode does not count
-        shares = met.sum(1) / lengths
-        successes = f"{(shares >= 0.5).sum()} of {len(qpos)} episodes successful"
-        steps = (
-            f"{met.sum() / lengths.sum():.1%} of all steps in the goal state, first at {np.argmax(met, 1).mean():.0f}"
-        )
+        met = steps_met(rollout, criterion, env.model)
+        successes = f"{successful(rollout, criterion, env.model).sum()} of {len(qpos)} episodes successful"
+        share = f"{met.sum() / rollout['lengths'].sum():.1%} of all steps in the goal state"
+        steps = f"{share}, first at {np.argmax(met, 1).mean():.0f}"
         print(f'{path}, "{rollout["goal"]}": {successes}, {steps}')
         episodes.append(qpos)
     if args.curves:
