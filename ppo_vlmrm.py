@@ -361,7 +361,7 @@ class ClipReward:
                 embeddings = self.clip.encode_images(frames[start : start + size])
                 if args.reward == "regularized":
                     rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)]
-                else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+                elif args.reward == "binary":  # goals compete with each other and the negatives, held-out ones with all
                     others = torch.cat([self.goals, self.negatives])
                     limits = args.temperature or self.clip.temperature, args.threshold
                     rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
@@ -536,7 +536,7 @@ class PPO(nn.Module):
         A CLIP reward also loses its mean: the return of a cosine that moves a little around 0.25 would vary most with
         the time that is left. Not where episodes may end early: ending would be worth more or less than before.
         """
-        if self.args.reward == "regularized" and not self.args.early_termination:
+        if self.args.reward not in ("binary", "env") and not self.args.early_termination:
             self.reward_stats.update(rewards.reshape(-1, 1))
             rewards = rewards - self.reward_stats.mean.float()
         returns, discounted = torch.zeros_like(rewards), torch.zeros_like(rewards[0])

@@ -368,7 +368,7 @@ class ClipReward:
                 embeddings = self.clip.encode_images(frames[start : start + size])
                 if args.reward == "regularized":
                     rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)]
-                else:  # the goals compete with each other and the negatives; each held-out one does with all of them
+                elif args.reward == "binary":  # goals compete with each other and the negatives, held-out ones with all
                     others = torch.cat([self.goals, self.negatives])
                     limits = args.temperature or self.clip.temperature, args.threshold
                     rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
@@ -592,7 +592,7 @@ class SAC(nn.Module):
         may end early, since without it ending would be worth more or less than before.
         """
         args, returns = self.args, batch["rewards"]
-        if args.normalize_reward and args.reward == "regularized":
+        if args.normalize_reward and args.reward not in ("binary", "env"):
             mean, var = (x.float()[batch["goal_ids"]] for x in (self.reward_stats.mean, self.reward_stats.var))
             if not args.early_termination and args.gamma < 1.0:
                 steps = (1.0 - batch["discounts"]) / (1.0 - args.gamma)  # 1 + gamma + ..., n terms or fewer

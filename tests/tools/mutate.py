@@ -79,7 +79,7 @@ sac | statistics of rewards are not kept | agent.reward_stats.update(torch => (t
 sac | goal 0's scale for all goals | x.float()[batch["goal_ids"]] for x => x.float()[0 * batch["goal_ids"]] for x
 sac | the mean of n rewards once | returns - mean * steps => returns - mean
 sac | rewards are not scaled | = self.scaled_rewards(batch) + => = batch["rewards"] +
-ppo | shifted where episodes end early | "regularized" and not self.args.early_termination: => "regularized":
+ppo | shifted where episodes end early | "env") and not self.args.early_termination: => "env"):
 sac | tau is hard-coded | list(fast), self.args.tau) => list(fast), 0.005)
 sac | entropy is a cost | - ent_coef * next_log_prob => + ent_coef * next_log_prob
 sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
