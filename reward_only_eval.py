@@ -484,9 +484,12 @@ class Body:
         self.feet_at = pair("geom", "foot")
         self.soles = self.feet_at[:, 2] - model.geom("left_foot").size[0]  # their heights; a foot is a sphere
         self.feet = seen_from(pelvis, self.feet_at)
-        # How far they point to their own side: 0 straight down or ahead, 1 sideways.
+        # How far they point to their own side: 0 straight down or ahead, 1 sideways. Legs along the floor: in the side
+        # splits the pelvis may roll, so that one leg points down along its own axes and the other up.
         outwards = np.outer((1, -1), pelvis.xmat[1::3])  # the pelvis's own left, and right
         self.thighs_out = ((shins - thighs) * outwards).sum(1) / np.linalg.norm(shins - thighs, axis=1)
+        outwards[:, 2] = 0.0
+        outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
         self.legs_out = ((self.feet_at - thighs) * outwards).sum(1) / np.linalg.norm(self.feet_at - thighs, axis=1)
 
         self.hands_at = pair("geom", "hand")
@@ -539,8 +542,8 @@ def arms_raised(model, data):
 def splits(model, data):
     """The seat below 0.1 m, torso up-axis above 0.5, legs low, straight and sideways.
 
-    Low: soles below 0.15 m. Straight: knees bent by less than 45 degrees. Sideways: each leg points to its own side
-    by 45 degrees or more; 63 is the joints' limit.
+    Low: soles below 0.15 m. Straight: knees bent by less than 45 degrees. Sideways: each leg points to its own side,
+    seen from above, by 45 degrees or more; 63 is the joints' limit while the pelvis is level.
     """
     body = Body(model, data)
     seated = body.grounded and body.seat < 0.1 and body.up > 0.5

@@ -44,6 +44,12 @@ def pose(leg, right=None, arm="down", right_arm=None, pitch=0, abdomen=0, tip=(0
     return qpos
 
 
+def joints(rotation, angles):
+    """qpos of a humanoid from the root's quaternion and all 17 angles, in the model's order."""
+    qpos = np.concatenate([(0, 0, 1.4), rotation, np.deg2rad(angles)])
+    return to_floor(HUMANOID.model, mujoco.MjData(HUMANOID.model), qpos)
+
+
 WRONG_FOR_ALL = {  # no task's goal state
     "face down": pose(STRAIGHT, pitch=90),
     "on its back": pose(STRAIGHT, pitch=-90, arm="sideways"),
@@ -198,6 +204,10 @@ POSED = {  # task: states that meet its criterion, states that miss it
             "from behind": pose(SPLITS, pitch=-3, abdomen=-14, heading=180),
             "knees a little bent": pose((-25, -60, -72, -20), pitch=-3, abdomen=-14),
             "uneven": pose(SPLITS, (-22, -55, -65, -9), pitch=-3, abdomen=-14),
+            "an agent's, the pelvis rolled": joints(
+                (0.906, 0.037, -0.09, -0.412),
+                (45, 30, 35, -25, -61, -109, 0, -24, 36, 21, -9, 43, -79, 50, -38, 37, 50),
+            ),
         },
         {
             "in the air": pose(SPLITS, pitch=-3, abdomen=-14, lift=0.15),
