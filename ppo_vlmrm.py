@@ -264,25 +264,27 @@ class CLIP:
     auto = {"cpu": "fp32", "cuda": "fp16"}  # precision on each kind of device; VLM-RM's code ran fp16
 
     def __init__(self, source, device, precision="auto", batch_size=256):
-        self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
-        if precision == "auto":
-            self.precision = self.auto.get(self.device.type, "fp32")
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
-        # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        settings = {"device": self.device, "precision": self.precision, "require_pretrained": True}
-        self.model = open_clip.create_model(**source.model, **settings)
-        self.model.eval().requires_grad_(False)
-        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+        self.device, self.batch_size = torch.device(device), batch_size
         self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
         self.transform = image_transform_v2(source.config, is_train=False)
         self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
+        self.load(source, self.auto.get(self.device.type, "fp32") if precision == "auto" else precision)
         if precision == "auto" and self.precision == "fp16":
             noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
-                del self.model
-                self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
+                self.model = None
+                self.load(source, "bf16")  # these weights overflow in fp16
+        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+
+    def load(self, source, precision):
+        self.precision = precision
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
+        # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
+        settings = {"device": self.device, "precision": precision, "require_pretrained": True}
+        self.model = open_clip.create_model(**source.model, **settings)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -320,18 +322,21 @@ class CLIP:
         return (images.float() / 255.0 - self.mean) / self.std
 
 
+def prompts_of(args):
+    """All that the reward compares frames with: the goals, the held-out ones, the negatives and the baseline."""
+    return args.goal, args.eval_goal, args.negatives, (args.baseline,)
+
+
 class ClipReward:
     """The reward that `args` describe, for the G goals that are trained on and then the E held-out ones."""
 
     def __init__(self, args, clip):
         self.args, self.clip = args, clip
-        prompts = [*args.goal, *args.eval_goal, *args.negatives, args.baseline]
-        sizes = [len(args.goal), len(args.eval_goal), len(args.negatives), 1]
-        embeddings = clip.encode_text(prompts, args.template)
+        prompts = prompts_of(args)
+        embeddings = clip.encode_text([*itertools.chain(*prompts)], args.template)
         if args.reward == "binary":  # in a softmax, prompts whose templates agree more would win by their longer mean
             embeddings = F.normalize(embeddings, dim=-1)
-        self.goals, self.held_out, self.negatives, baseline = embeddings.split(sizes)
-        self.baseline = baseline[0]  # [D]
+        self.goals, self.held_out, self.negatives, self.baseline = embeddings.split([len(part) for part in prompts])
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
         self.chunks = []  # rewards of the chunks of a phase that were scored already
         self.ahead, self.on_stream = clip.device.type == "cuda", contextlib.nullcontext()
@@ -360,7 +365,7 @@ class ClipReward:
             for start in range(size * len(self.chunks), len(frames), size):
                 embeddings = self.clip.encode_images(frames[start : start + size])
                 if args.reward == "regularized":
-                    rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline, args.alpha)]
+                    rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline[0], args.alpha)]
                 elif args.reward == "binary":  # goals compete with each other and the negatives, held-out ones with all
                     others = torch.cat([self.goals, self.negatives])
                     limits = args.temperature or self.clip.temperature, args.threshold
@@ -388,8 +393,9 @@ class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
-    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width).
-    Frames of another size than `frame_size`, (H, W), are brought to it by `resize`.
+    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width), but
+    for environments with a render() or mocap bodies of their own, which qpos does not tell of. Frames of another size
+    than `frame_size`, (H, W), are brought to it by `resize`.
     """
 
     def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
@@ -404,7 +410,8 @@ class RenderedEnv(gym.Wrapper):
         self.blank = np.zeros((*frame_size, 3), np.uint8)
         spaces = {"state": gym.spaces.Box(-np.inf, np.inf, self.env.observation_space.shape, np.float32)}
         spaces["pixels"] = gym.spaces.Box(0, 255, self.blank.shape, np.uint8)
-        if isinstance(self.unwrapped, MujocoEnv):
+        mujoco_env = isinstance(self.unwrapped, MujocoEnv) and type(self.unwrapped).render is MujocoEnv.render
+        if mujoco_env and not self.unwrapped.model.nmocap:
             self.xml_path = self.unwrapped.fullpath
             self.renderer = SceneRenderer(self.xml_path, render_size, **scene)
             spaces["qpos"] = gym.spaces.Box(-np.inf, np.inf, (self.unwrapped.model.nq,), np.float64)
@@ -761,10 +768,9 @@ def check_algorithm(args):
     phase_frames = args.num_steps * args.num_envs
     if args.num_minibatches > phase_frames:
         raise ValueError(f"--num-minibatches must be at most the {phase_frames} frames of a rollout")
-    if args.num_steps < args.episode_length and not args.play:
-        lengths = f"--num-steps {args.num_steps} and --episode-length {args.episode_length}"
-        why = "each rollout starts new episodes, whose later part is then never trained on"
-        print(f"warning: {lengths}: {why}", file=sys.stderr)
+    if args.num_steps % args.episode_length and not args.play:
+        lengths = f"--num-steps {args.num_steps} is not a multiple of --episode-length {args.episode_length}"
+        note(f"warning: {lengths}: each rollout starts new episodes, and the last ones of a rollout are cut")
 
 
 def note(text):
@@ -948,7 +954,8 @@ class SceneRenderer:
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
+        follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
+        offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
@@ -1091,8 +1098,9 @@ class ShardedEnvs:
         return full
 
     def reset(self, *, seed=None, options=None):
-        options = options and {"reset_mask": options["reset_mask"][self.mine]}
-        observation, infos = self.envs.reset(seed=seed and seed[self.mine], options=options)
+        seed = seed[self.mine] if seed else None
+        options = {"reset_mask": options["reset_mask"][self.mine]} if options else None
+        observation, infos = self.envs.reset(seed=seed, options=options)
         return {**observation, "state": self.spread(observation["state"])}, infos
 
     def step(self, actions):
@@ -1102,9 +1110,8 @@ class ShardedEnvs:
 
 def gather(value):
     """The values of all processes in rank 0, in their order; an empty list in the others."""
-    values = [value] if RANK == 0 else []
+    values = [value] * WORLD if RANK == 0 else []
     if WORLD > 1:
-        values *= WORLD
         with one_of_many():
             dist.gather_object(value, values or None)
     return values
@@ -1196,7 +1203,7 @@ def start_run(args):
             config = PreprocessCfg()
             if args.reward != "env":
                 source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
-                prompts = (*args.goal, *args.eval_goal, *args.negatives, args.baseline)
+                prompts = itertools.chain(*prompts_of(args))
                 check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts for t in args.template])
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.

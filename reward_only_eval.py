@@ -197,25 +197,27 @@ class CLIP:
     auto = {"cpu": "fp32", "cuda": "fp16"}  # precision on each kind of device; VLM-RM's code ran fp16
 
     def __init__(self, source, device, precision="auto", batch_size=256):
-        self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
-        if precision == "auto":
-            self.precision = self.auto.get(self.device.type, "fp32")
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
-        # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        settings = {"device": self.device, "precision": self.precision, "require_pretrained": True}
-        self.model = open_clip.create_model(**source.model, **settings)
-        self.model.eval().requires_grad_(False)
-        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+        self.device, self.batch_size = torch.device(device), batch_size
         self.tokenizer, self.size = source.tokenizer, source.config.input_size[1:]  # (height, width)
         self.transform = image_transform_v2(source.config, is_train=False)
         self.mean = torch.tensor(source.config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(source.config.std, device=self.device).view(1, 3, 1, 1)
+        self.load(source, self.auto.get(self.device.type, "fp32") if precision == "auto" else precision)
         if precision == "auto" and self.precision == "fp16":
             noise = torch.randint(256, (1, *self.size, 3), dtype=torch.uint8)
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
-                del self.model
-                self.__init__(source, device, "bf16", batch_size)  # these weights overflow in fp16
+                self.model = None
+                self.load(source, "bf16")  # these weights overflow in fp16
+        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+
+    def load(self, source, precision):
+        self.precision = precision
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
+        # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
+        settings = {"device": self.device, "precision": precision, "require_pretrained": True}
+        self.model = open_clip.create_model(**source.model, **settings)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -280,7 +282,8 @@ class SceneRenderer:
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-        offset = (*self.data.xpos[1][:2], 0.0) if self.follow else (0.0, 0.0, 0.0)  # body 1 is the robot's root
+        follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
+        offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
@@ -1503,6 +1506,8 @@ def flags_of_run(rollout):
         value = saved.get(name)
         if value is None or value == "env":  # a run on the environment's reward has no CLIP reward
             continue
+        if name == "reward" and value not in ("regularized", "binary"):
+            raise ValueError(f"{path}: --reward {value} is not one of this script's: add it to `rewards_of`")
         if name in ("alpha", "clip", "clip_pretrained"):  # one there, several here
             value = [value]
         flags[name] = tuple(value) if isinstance(value, list) else value

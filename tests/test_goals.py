@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import scipy.special
@@ -170,7 +171,11 @@ def test_termination_on_success_ends_an_episode_where_the_reward_is_1(script, fl
 
 def test_success_at_the_goal_of_the_batch_ends_the_bootstrapping():
     torch.manual_seed(0)
-    agent = sac_vlmrm.SAC(sac_vlmrm.Args(gamma=0.9, autotune=False, terminate_on_success=True, reward="binary"), 3, 2)
+    agent = sac_vlmrm.SAC(
+        sac_vlmrm.Args(gamma=0.9, autotune=False, terminate_on_success=True, reward="binary"),
+        3,
+        gym.spaces.Box(-1, 1, (2,)),
+    )
     agent.make_optimizers()
     for parameter in agent.critic_target.parameters():
         parameter.zero_()
@@ -249,10 +254,8 @@ def test_every_goal_is_evaluated_also_those_never_trained_on(script, flags, tmp_
 def test_the_policy_sees_its_goal(script, flags):
     torch.manual_seed(0)
     goals = torch.randn(2, 16)
-    if script is sac_vlmrm:
-        agent = script.SAC(script.Args(), 3, 2, goals)
-    else:
-        agent = script.PPO(script.Args(), 3, script.gym.spaces.Box(-1, 1, (2,)), goals)
+    make = script.SAC if script is sac_vlmrm else script.PPO
+    agent = make(script.Args(), 3, gym.spaces.Box(-1, 1, (2,)), goals)
     states = np.ones((2, 3), np.float32)
     actions = agent.act(states, np.array([0, 1]), deterministic=True)
     assert np.abs(actions[0] - actions[1]).max() > 1e-4

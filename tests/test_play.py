@@ -73,11 +73,8 @@ def test_playing_acts_by_the_checkpoint_from_new_starts_and_scores_the_new_sente
     order = [KNEELING, LYING, KNEES]  # the trained goals, then the new one
     goals = script.goal_inputs(script.torch.stack([text[goal] for goal in order]), 2)
     args = script.Args(**json.loads((run_dir / "args.json").read_text()))
-    agent = (
-        script.PPO(args, 348, gym.spaces.Box(-1, 1, (17,)), goals)
-        if name == "ppo_vlmrm"
-        else script.SAC(args, 348, 17, goals)
-    )
+    make = script.PPO if name == "ppo_vlmrm" else script.SAC
+    agent = make(args, 348, gym.spaces.Box(-1, 1, (17,)), goals)
     agent.load_state_dict({**load(run_dir, "best.pt")["agent"], "goals": goals})
     seeds = script.episode_seeds(args.seed, 2, n=3)
     assert not set(seeds) & set(script.episode_seeds(args.seed, 1, n=16))  # not those of the run's own evaluations

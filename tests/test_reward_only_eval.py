@@ -381,6 +381,10 @@ def test_a_saved_state_has_the_reward_that_training_computed(tmp_path):
     assert rollout["recorded"] == "alpha 0.5, template 1" in result.stdout and rollout["difference"] < 1e-4
     assert results["args"]["task"] == "kneeling" and rollout["episodes"] == 3 and rollout["success_rate"] == 0
 
+    saved = tmp_path / "run" / "args.json"
+    saved.write_text(saved.read_text().replace('"regularized"', '"mine"'))
+    assert "--reward mine" in one_line(run("reward_only_eval", rollouts=path))  # a fork's is not taken for another
+
 
 def save_rollout(path, env_id="Humanoid-v5", nq=24, **changes):
     arrays = {"qpos": np.zeros((2, 5, nq)), "lengths": np.array([5, 3]), "env_id": env_id, "goal": "x"}

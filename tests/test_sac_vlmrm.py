@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import KNEELING, ROOT, TINY_CLIP, load, make_clip, one_line, run, scalars, unit, values
+from conftest import KNEELING, ROOT, SCENE, TINY_CLIP, load, make_clip, one_line, run, scalars, unit, values
 from PIL import Image
 
 import sac_vlmrm
@@ -236,7 +236,7 @@ def test_running_norm_is_the_mean_and_deviation_of_all_batches():
 def make_agent(dtype=torch.float32, **flags):
     torch.manual_seed(0)
     flags = dict(normalize_reward=False) | flags
-    agent = SAC(Args(learning_rate=1e-3, gamma=0.9, tau=0.1, **flags), 3, 2).to(dtype)
+    agent = SAC(Args(learning_rate=1e-3, gamma=0.9, tau=0.1, **flags), 3, gym.spaces.Box(-1, 1, (2,))).to(dtype)
     agent.make_optimizers()
     rng = np.random.default_rng(0)
     batch = dict(
@@ -331,7 +331,7 @@ def test_updates_do_not_depend_on_the_scale_and_the_offset_of_a_clip_reward(scal
     goal_ids, targets = torch.from_numpy(rng.integers(2, size=200)), []
     for transformed in (rewards, scale * rewards + shift):
         args = Args(goal=goals, gamma=gamma, n_step=n, early_termination=ends_early)
-        agent = SAC(args, 3, 2, torch.zeros(2, 5))
+        agent = SAC(args, 3, gym.spaces.Box(-1, 1, (2,)), torch.zeros(2, 5))
         agent.reward_stats.update(torch.from_numpy(transformed))
         steps = transformed.reshape(50, 4, 2).astype(np.float32)
         returns, _, discounts = sac_vlmrm.n_step_returns(steps, *outcome, gamma, n)
@@ -443,7 +443,7 @@ def test_command_line_run_leaves_checkpoint_events_video_and_rollout(tmp_path, c
     assert str(run_dir) in result.stdout
     for name in ("checkpoint.pt", "best.pt"):
         saved = torch.load(run_dir / name, weights_only=True)
-        agent = SAC(Args(), saved["agent"]["normalizer.mean"].numel(), 17)
+        agent = SAC(Args(), saved["agent"]["normalizer.mean"].numel(), gym.spaces.Box(-1, 1, (17,)))
         agent.load_state_dict(saved["agent"])
         assert agent.act(np.zeros((1, 348), np.float32), [0]).shape == (1, 17)
     assert load(run_dir)["global_step"] == 200
@@ -538,6 +538,34 @@ def test_an_environment_that_is_not_mujoco_is_rendered_by_itself_and_resized(tmp
     rollout = np.load(tmp_path / "run" / "rollouts" / "80.npz")
     assert load(tmp_path / "run")["global_step"] == 80 and "qpos" not in rollout
     assert imageio.mimread(next((tmp_path / "run" / "videos").iterdir()))[0].shape == (100, 150, 3)
+
+
+def test_what_qpos_does_not_tell_of_is_drawn_by_the_environment_itself(tmp_path):
+    """A render() of its own, or mocap bodies; and a first body that can't move is nothing for the camera to follow."""
+    pole = type(gym.make("InvertedPendulum-v5").unwrapped)
+    xml = Path(gym.make("InvertedPendulum-v5").unwrapped.fullpath).read_text()
+    target = '<body name="target" pos="1 2 1" {}><geom type="sphere" size="0.1"/></body>'
+    for name, words in (("mocap", 'mocap="true"'), ("fixed", "")):
+        (tmp_path / f"{name}.xml").write_text(xml.replace("<worldbody>", f"<worldbody>{target.format(words)}"))
+
+    class Own(pole):
+        def render(self):
+            return np.full((32, 32, 3), 200, np.uint8)
+
+    gym.register("Own-v0", Own)
+    gym.register("Mocap-v0", pole, kwargs={"xml_file": str(tmp_path / "mocap.xml")})
+    flags = 10, False, SCENE, (32, 32), (32, 32), None
+    own = sac_vlmrm.RenderedEnv("Own-v0", *flags)
+    observation = own.reset(seed=0)[0]
+    assert "qpos" not in observation and (observation["pixels"] == 200).all()
+    assert sac_vlmrm.RenderedEnv("Mocap-v0", *flags).renderer is None
+    assert sac_vlmrm.RenderedEnv("InvertedPendulum-v5", *flags).renderer
+
+    for path, x in ((tmp_path / "fixed.xml", 0.0), (own.unwrapped.fullpath, 0.5)):
+        draw = sac_vlmrm.SceneRenderer(path, (32, 32), **SCENE)
+        draw.renderer = SimpleNamespace(update_scene=lambda *_: None, render=lambda: None)  # no OpenGL in this process
+        draw(np.array([0.5, 0.0]))
+        np.testing.assert_allclose(draw.camera.lookat, (x, 0, 1))
 
 
 def test_workers_draw_their_first_frames_one_after_the_other_on_the_gpu_asked_for(tmp_path, monkeypatch):

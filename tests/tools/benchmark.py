@@ -276,7 +276,7 @@ def transitions(n, state_dim, action_dim):
 
 def update_sac(args, table, device, state_dim, action_dim):
     settings, n = sac_vlmrm.Args(), 10_000
-    agent = sac_vlmrm.SAC(settings, state_dim, action_dim).to(device)
+    agent = sac_vlmrm.SAC(settings, state_dim, gym.spaces.Box(-1, 1, (action_dim,))).to(device)
     agent.make_optimizers()
     buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, state_dim, action_dim, device)
     rows = transitions(n, state_dim, action_dim)
