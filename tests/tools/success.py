@@ -31,7 +31,7 @@ class Args:
     task: str | None = None
     """what the goals ask for, such as kneeling (default: the task whose prompt a goal is)"""
     gif: Path | None = None
-    """write episodes here: three of one rollout, or the first one of each"""
+    """write episodes here: three of one rollout, or the first one of each, eight in two rows"""
     curves: Path | None = None
     """write the runs' learning curves here"""
 
@@ -99,10 +99,12 @@ def main(args):
         draw_curves(list(dict.fromkeys(path.parent.parent for path in args.rollouts)), args.curves)
     if args.gif:
         shown = list(episodes[0][:3]) if len(episodes) == 1 else [qpos[0] for qpos in episodes]
-        camera = dict(distance=3.5, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 0.9), follow=True, restyle=True)
-        render = SceneRenderer(env.fullpath, (240, 240), **camera)
-        frames = [np.concatenate([render(qpos[t]) for qpos in shown], axis=1) for t in range(0, len(shown[0]), 2)]
-        imageio.mimsave(args.gif, frames, duration=60, loop=0)
+        camera = dict(distance=3.1, elevation=-10.0, azimuth=180.0, lookat=(0, 0, 0.85), follow=True, restyle=True)
+        render = SceneRenderer(env.fullpath, (210, 210), **camera)
+        films = [np.stack([render(qpos[t]) for t in range(0, len(qpos), 4)]) for qpos in shown]
+        columns = 4 if len(films) % 4 == 0 else len(films)
+        rows = [np.concatenate(films[i : i + columns], axis=2) for i in range(0, len(films), columns)]
+        imageio.mimsave(args.gif, np.concatenate(rows, axis=1), duration=120, loop=0)
 
 
 if __name__ == "__main__":
