@@ -1674,6 +1674,8 @@ def parse_args():
             if sys.argv.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
         args = tyro.cli(Args)
+        if len(args.goal) > 1 and all(goal.isalpha() for goal in args.goal):
+            raise ValueError(f"--goal {' '.join(args.goal)}: that is {len(args.goal)} goals, put a sentence in quotes")
         resume, run_dir = args.resume, args.run_dir
         if resume == Path("auto"):
             if not run_dir:
@@ -1682,7 +1684,7 @@ def parse_args():
         elif resume and run_dir not in (None, resume):
             raise ValueError("--resume goes on in its own folder: leave --run-dir out")
         elif run_dir and not resume and (run_dir / "args.json").exists():
-            raise ValueError(f"--run-dir {run_dir} already holds a run: choose another folder, or --resume it")
+            raise ValueError(f"--run-dir {run_dir} already holds a run: choose another folder, or add --resume auto")
         folder = args.play or resume
         if not folder:
             return replace(tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {}))), resume=None)

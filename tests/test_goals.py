@@ -278,14 +278,15 @@ def test_episode_charts_count_the_episodes_that_ended():
 
 BAD_INPUT = {
     "same goal twice": (["--goal", "a robot", "A  robot."], "twice"),
-    "held-out goal is trained on": (["--goal", "a", "b", "--eval-goal", "b"], "twice"),
+    "held-out goal is trained on": (["--goal", "a robot", "b", "--eval-goal", "b"], "twice"),
     "held-out goal of one": (["--goal", "a", "--eval-goal", "b"], "--eval-goal"),
     "nothing to compare with": (["--reward", "binary"], "--negatives"),
     "goal is negative": (["--reward", "binary", "--goal", "a", "--negatives", "a"], "--negatives"),
     "termination without success": (["--terminate-on-success"], "--reward binary"),
-    "goals of the environment": (["--reward", "env", "--goal", "a", "b"], "--reward env"),
+    "goals of the environment": (["--reward", "env", "--goal", "a robot", "b"], "--reward env"),
     "empty goal": (["--goal", "a", " "], "--goal"),
     "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
+    "a sentence without quotes": (["--goal", "a", "humanoid", "robot", "kneeling"], "in quotes"),
     "negatives of another reward": (["--negatives", "x"], "--reward binary"),
     "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),
     "unknown device": (["--device", "gpu"], "device type"),
