@@ -278,6 +278,7 @@ class CLIP:
         self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
 
     def load(self, source, precision):
+        """Loads the model in "fp32", "bf16" or "fp16"."""
         self.precision = precision
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)

@@ -31,7 +31,7 @@ class Args:
     task: str | None = None
     """what the goals ask for, such as kneeling (default: the task whose prompt a goal is)"""
     gif: Path | None = None
-    """write episodes here: three of one rollout, or the first one of each, eight in two rows"""
+    """write episodes here: three of one rollout, or the first one of each, a multiple of four in rows of four"""
     curves: Path | None = None
     """write the runs' learning curves here"""
 
