@@ -23,6 +23,7 @@ cited as VLM-SR, whose agent is conditioned on its goal's text.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import io
 import itertools
@@ -361,18 +362,23 @@ class ClipReward:
 
     def score(self, frames):
         """Appends to `chunks` the rewards [n, G + E] of those chunks of frames that are not among them yet."""
-        args, size = self.args, self.clip.batch_size
+        size = self.clip.batch_size
         with self.on_stream:  # on a GPU beside the policy's kernels, which would else wait for these
             for start in range(size * len(self.chunks), len(frames), size):
-                embeddings = self.clip.encode_images(frames[start : start + size])
-                if args.reward == "regularized":
-                    rewards = [regularized_reward(embeddings, self.goal_embeddings, self.baseline[0], args.alpha)]
-                elif args.reward == "binary":  # goals compete with each other and the negatives, held-out ones with all
-                    others = torch.cat([self.goals, self.negatives])
-                    limits = args.temperature or self.clip.temperature, args.threshold
-                    rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
-                    rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
-                self.chunks.append(torch.cat(rewards, 1))
+                self.chunks.append(self.rewards_of(self.clip.encode_images(frames[start : start + size])))
+
+    def rewards_of(self, embeddings):
+        """Rewards [n, G + E] of embedded frames [n, D]: the place for a reward of your own."""
+        args = self.args
+        if args.reward == "regularized":
+            return regularized_reward(embeddings, self.goal_embeddings, self.baseline[0], args.alpha)
+        if args.reward == "binary":  # goals compete with each other and the negatives, held-out ones with all of these
+            others = torch.cat([self.goals, self.negatives])
+            limits = args.temperature or self.clip.temperature, args.threshold
+            rewards = [binary_reward(embeddings, self.goals, self.negatives, *limits)]
+            rewards += [binary_reward(embeddings, goal[None], others, *limits) for goal in self.held_out]
+            return torch.cat(rewards, 1)
+        raise NotImplementedError(f"--reward {args.reward}")
 
 
 def goal_inputs(goal_embeddings, n_trained):
@@ -746,7 +752,7 @@ def train(args):
             # SAVE
             if last or global_step // args.checkpoint_every > first_step // args.checkpoint_every:
                 save("checkpoint.pt")
-        if run.stopped_by and RANK == 0:
+        if run.stopped and RANK == 0:
             save("checkpoint.pt")
     return run.dir
 
@@ -769,7 +775,7 @@ def check_algorithm(args):
     phase_frames = args.num_steps * args.num_envs
     if args.num_minibatches > phase_frames:
         raise ValueError(f"--num-minibatches must be at most the {phase_frames} frames of a rollout")
-    if args.num_steps % args.episode_length and not args.play:
+    if args.num_steps % args.episode_length and not args.early_termination and not args.play:
         lengths = f"--num-steps {args.num_steps} is not a multiple of --episode-length {args.episode_length}"
         note(f"warning: {lengths}: each rollout starts new episodes, and the last ones of a rollout are cut")
 
@@ -841,8 +847,10 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
         if not tags:
-            known = "open_clip.list_pretrained() has those with weights, such as ViT-L-14"
-            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
+            known = dict.fromkeys(name for name, _ in open_clip.list_pretrained())
+            near = difflib.get_close_matches(name, known, cutoff=0.4) or ["ViT-L-14"]
+            near = f"with weights there are {', '.join(near)}, and others: open_clip.list_pretrained()"
+            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {near}")
         tag = pretrained or DEFAULT_WEIGHTS.get(name, tags[0])
         if tag not in tags and not Path(tag).is_file():
             raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
@@ -980,7 +988,8 @@ def check_environment(env):
     """Raises ValueError if the algorithm can't act in an environment, or CLIP can't see it."""
     if not isinstance(env.action_space, ACTION_SPACES):
         needed = " or ".join(space.__name__ for space in ACTION_SPACES)
-        raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}")
+        other = "; ppo_vlmrm.py has discrete actions" if gym.spaces.Discrete not in ACTION_SPACES else ""
+        raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}{other}")
     if "rgb_array" not in env.metadata.get("render_modes", []):
         raise ValueError(f"{env.spec.id} has no rgb_array rendering for CLIP to look at")
 
@@ -1140,12 +1149,12 @@ def share_agent(agent):
 
 def is_stopped(run):
     """Whether a signal has come, to whichever process; all learn of it at the same place."""
+    number = torch.tensor(max(run.stopped_by, default=0))
     if WORLD > 1:
-        number = torch.tensor(max(run.stopped_by, default=0))
         with one_of_many():
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        run.stopped_by += [] if run.stopped_by or not number else [number.item()]
-    return bool(run.stopped_by)
+    run.stopped = number.item()  # what has come since, the others do not know of yet: it is for the next phase
+    return run.stopped > 0
 
 
 # ---- a run: its starts, its folder, checkpoints and log
@@ -1185,9 +1194,9 @@ def start_run(args):
     Yields `dir`, in rank 0; `mine`, the slice of the environments that this process steps; `saved`, the checkpoint of
     --resume or --play, or None; `first_step`, its frame, or 0; `device`; `envs`, with their `state_dim`, `action_space`
     and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and `progress`, to log
-    with; and `stopped_by`, the signals received.
+    with; `stopped_by`, the signals received, and `stopped`, the one that the run ends by, or 0.
     """
-    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0))
+    run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0), stopped=0)
     with contextlib.ExitStack() as stack:
         with one_line_errors(args.traceback):
             check_args(args)
@@ -1197,7 +1206,11 @@ def start_run(args):
             if args.resume and RANK == 0:
                 stack.enter_context(lock_run_dir(run.dir))
             if run.dir:
-                run.saved = load_checkpoint(run.dir / (args.checkpoint if args.play else "checkpoint.pt"))
+                name = args.checkpoint if args.play else "checkpoint.pt"
+                if name == "best.pt" and not (run.dir / name).exists():
+                    note(f"there is no {name} before the first evaluation: checkpoint.pt is played")
+                    name = "checkpoint.pt"
+                run.saved = load_checkpoint(run.dir / name)
             if args.resume and run.saved["versions"] != VERSIONS:
                 note(f"warning: resumed with {VERSIONS}, saved with {run.saved['versions']}")
             run.first_step = run.saved["global_step"] if run.saved else 0
@@ -1234,9 +1247,9 @@ def start_run(args):
                 if not args.play:
                     stack.enter_context(open_log(args, run))
         yield run
-    if run.stopped_by:
+    if run.stopped:
         note(f"stopped; go on with --resume {run.dir}")
-        sys.exit(128 + run.stopped_by[0])
+        sys.exit(128 + run.stopped)
 
 
 def make_run_dir(args):
@@ -1280,6 +1293,8 @@ def open_log(args, run):
         tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress,
     ):
         run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        goals = ", ".join(f'"{goal}"' for goal in args.goal)
+        note(f"{run.dir} trains on {f'{goals} by {args.clip}' if run.reward else args.env_id + ' and its own reward'}")
         yield
 
 
@@ -1342,6 +1357,9 @@ def log_phase(run, charts, losses, clock, global_step):
     text = " ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each_goal])
     run.progress.set_postfix_str(text, refresh=False)
     run.progress.update(global_step - run.progress.n)
+    evaluated = [f"{name.removeprefix('eval/')} {value:.2f}" for name, value in charts.items() if "eval/" in name]
+    if evaluated:
+        tqdm.write(f"evaluation at frame {global_step}: {', '.join(evaluated)}", file=sys.stderr)
 
 
 # ---- evaluation and video
@@ -1542,6 +1560,11 @@ CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every
     save_rollouts track traceback clip_batch_size""".split()
 
 
+def with_absolute_clip(args):
+    """Flags with the folder of --clip as an absolute path, so that the run can be played from anywhere."""
+    return replace(args, clip=os.path.abspath(args.clip)) if Path(args.clip).is_dir() else args
+
+
 def parse_args():
     """The command line's flags. With --resume or --play they start from the run's own, with --preset from its table."""
     with one_line_errors("--traceback" in sys.argv):
@@ -1562,13 +1585,16 @@ def parse_args():
             raise ValueError(f"--run-dir {run_dir} already holds a run: choose another folder, or add --resume auto")
         folder = args.play or resume
         if not folder:
-            return replace(tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {}))), resume=None)
+            args = replace(tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {}))), resume=None)
+            return with_absolute_clip(args)
+        if not (folder / "args.json").exists():
+            raise ValueError(f"{'--play' if args.play else '--resume'} {folder}: no run is there, it has no args.json")
         saved = json.loads((folder / "args.json").read_text())
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-        saved = replace(saved, resume=resume, play=args.play, run_dir=None)
+        saved = with_absolute_clip(replace(saved, resume=resume, play=args.play, run_dir=None))
         if args.play:
             return tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal)))
-        args = replace(tyro.cli(Args, default=saved), resume=resume)
+        args = with_absolute_clip(replace(tyro.cli(Args, default=saved), resume=resume))
         changed = []
         for name, value in asdict(args).items():
             if name not in CHANGEABLE and value != getattr(saved, name):

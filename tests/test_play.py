@@ -36,6 +36,20 @@ def test_the_preset_is_vlm_rms_humanoid_and_single_flags_override_it(monkeypatch
 
 
 @BOTH
+def test_a_clips_folder_is_found_from_anywhere_afterwards(script, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ("--clip", "tests/tiny_clip", "--run-dir", tmp_path)
+    args = parse(script, monkeypatch, *words)
+    (tmp_path / "args.json").write_text(json.dumps(script.asdict(args), default=str))
+    (tmp_path / "checkpoint.pt").touch()
+    assert (
+        parse(script, monkeypatch, *words, "--resume", "auto").resume == tmp_path
+    )  # the same folder, not another flag
+    monkeypatch.chdir(tmp_path)
+    assert parse(script, monkeypatch, "--play", tmp_path).clip == TINY_CLIP
+
+
+@BOTH
 def test_a_resumed_run_keeps_what_overrode_the_preset(script, flags, tmp_path, monkeypatch):
     args = parse(script, monkeypatch, "--preset", "paper", "--gamma", "0.9", "--run-dir", tmp_path)
     (tmp_path / "args.json").write_text(json.dumps(script.asdict(args), default=str))
@@ -95,8 +109,11 @@ def test_playing_acts_by_the_checkpoint_from_new_starts_and_scores_the_new_sente
 
 def test_without_a_goal_all_of_the_runs_own_are_played(trained):
     script, run_dir = trained
-    result = run(script.__name__, play=run_dir, eval_episodes=1, video=False, checkpoint="checkpoint.pt")
-    assert result.returncode == 0, result.stderr
+    best = run_dir / "best.pt"
+    best.rename(run_dir / "later.pt")  # as before the first evaluation
+    result = run(script.__name__, play=run_dir, eval_episodes=1, video=False)
+    (run_dir / "later.pt").rename(best)
+    assert result.returncode == 0 and "checkpoint.pt is played" in result.stderr
     assert {line.split(":")[0] for line in result.stdout.splitlines()} >= {
         f"clip_return/{script.slug(goal)}" for goal in (KNEELING, LYING)
     }

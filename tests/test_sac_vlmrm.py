@@ -632,17 +632,17 @@ def test_scoring_ahead_gives_the_same_rewards_from_the_same_chunks(render):
 BAD_INPUT = {
     "template": (["--template", "a photo"], "--template"),
     "goal is baseline": (["--goal", "x", "--baseline", "x", "--alpha", "0.5"], "--baseline"),
-    "architecture": (["--clip", "ViT-L-41"], "open_clip.list_pretrained()"),
+    "architecture": (["--clip", "ViT-L-41"], "ViT-L-14"),
     "weights tag": (["--clip", "ViT-B-32", "--clip-pretrained", "nobody"], "laion2b_s34b_b79k"),
     "weights of a directory": (["--clip", TINY_CLIP, "--clip-pretrained", "openai"], "--clip-pretrained"),
     "not cached": (["--clip", "ViT-B-32"], "laion2b_s34b_b79k"),
     "long prompt": (["--clip", TINY_CLIP, "--goal", "a humanoid robot " + "that is kneeling " * 20], 'after "'),
     "run folder": (["--clip", TINY_CLIP, "--run-dir", "/dev/null/run"], "/dev/null/run"),
-    "resume": (["--resume", str(ROOT / "docs")], "docs/args.json"),
-    "play": (["--play", str(ROOT / "docs")], "docs/args.json"),
+    "resume": (["--resume", str(ROOT / "docs")], "docs: no run"),
+    "play": (["--play", str(ROOT / "docs")], "docs: no run"),
     "clip directory": (["--clip", str(ROOT / "docs")], "open_clip_config.json"),
     "environment": (["--clip", TINY_CLIP, "--env-id", "Humanoid-v55"], "`v5`"),
-    "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "Box"),
+    "discrete actions": (["--clip", TINY_CLIP, "--env-id", "CartPole-v1"], "ppo_vlmrm.py"),
     "device": (["--clip", TINY_CLIP, "--device", "cuda"], "NVIDIA"),
 }
 

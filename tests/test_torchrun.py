@@ -6,11 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_CLIP, command, finish, load, one_line, scalars, start
+
+import ppo_vlmrm
+import sac_vlmrm
 
 KNEELING, LYING = "a humanoid robot kneeling", "a humanoid robot lying on its back"
 COMMON = dict(clip=TINY_CLIP, num_envs=4, episode_length=10, eval_episodes=6, eval_every=80, video=False)
@@ -134,6 +138,21 @@ def test_a_checkpoint_of_one_process_goes_on_in_two_and_theirs_in_one(tmp_path, 
     saved, expected = load(run_dir), load(tmp_path / "reference")
     torch.testing.assert_close(saved["agent"], expected["agent"], rtol=0.01, atol=0.01)
     assert saved["global_step"] == expected["global_step"]
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm])
+def test_a_signal_that_comes_while_the_processes_agree_waits_for_the_next_phase(script, monkeypatch):
+    """The others do not know of it: one that stopped alone would leave them waiting for ever."""
+    run, late = SimpleNamespace(stopped_by=[]), [signal.SIGTERM]
+
+    def all_reduce(number, _):
+        run.stopped_by += late  # Python runs a signal's handler once the call returns
+        late.clear()
+
+    monkeypatch.setattr(script, "WORLD", 2)
+    monkeypatch.setattr(script.dist, "all_reduce", all_reduce)
+    assert not script.is_stopped(run) and run.stopped == 0
+    assert script.is_stopped(run) and run.stopped == signal.SIGTERM
 
 
 @pytest.mark.parametrize("whom", ["one process", "torchrun"])
