@@ -1277,7 +1277,9 @@ def lock_run_dir(folder):
 def open_log(args, run):
     """Context of a run's log in TensorBoard and its progress bar; its flags and its script are kept beside it."""
     replace_file(run.dir / "args.json", json.dumps(asdict(args), indent=2, default=str).encode())
-    script = Path(__file__)
+    script, first = Path(__file__), run.dir / Path(__file__).name
+    if args.resume and not (first.exists() and first.read_text() == script.read_text()):
+        note(f"warning: {script} is not as it was when the run was started, see {first}")
     name = f"{script.stem}_resumed_at_{run.first_step}.py" if args.resume else script.name
     (run.dir / name).write_text(script.read_text())
     if args.track:
