@@ -83,6 +83,11 @@ def of_both(left_right):
     return 0.67 * min(left_right) + 0.33 * np.mean(left_right)
 
 
+def mostly_all(values):
+    """Their product, with some of the mean, so that the first of them is worth something too."""
+    return 0.4 * np.mean(values) + 0.6 * np.prod(values)
+
+
 def one_hot(name, names):
     return np.eye(len(names), dtype=np.float32)[names.index(name)]
 
@@ -302,6 +307,8 @@ class Humanoid(Robot):
         balance = np.linalg.norm(b.center - b.feet_at[b.soles.argmin(), :2])
         chest = data.body("torso").xpos[2]
         face = data.body("torso").xmat[6]
+        # Turned away from the default camera a hand is hidden, and an agent would be paid for what it might be doing.
+        shown = 0.5 + 0.5 * ramp(data.body("torso").xmat[0], 0.3, 0.85)
         high, wide = b.knees.max(), np.abs(b.feet[:, 1]).max()
         far = np.linalg.norm(b.feet, axis=1).max()
 
@@ -310,13 +317,13 @@ class Humanoid(Robot):
         firm = np.mean([ramp(b.pelvis, 0.7, 0.82), ramp(b.up, 0.8, 0.96), ramp(-offset, -0.3, -0.1)])
         hips = of_both([ramp(-distance, -0.7, -0.17, -0.145, -0.12) for distance in b.hands_to_hips])
         before_chest = ramp(ahead.min(), -0.3, 0.05) * ramp(-ahead.max(), -0.7, -0.45) * ramp(-off_chest, -0.7, -0.2)
-        cross = ramp(crossed, -0.6, 0.1) * (0.3 + 0.7 * before_chest)
+        cross = ramp(crossed, -0.6, 0.1) * (0.15 + 0.85 * before_chest)
         one_foot = ramp(sole, 0, 0.1) * (0.5 + 0.5 * ramp(-balance, -0.4, -0.2))
         kneels = of_both(ramp(-b.knees, -0.42, -0.12))
         seated = [ramp(-b.seat, -0.8, -0.1), ramp(b.up, 0, 0.7)]
         sunk = ramp(-b.seat, -0.1, -0.03)
         folded = [ramp(b.bend.min(), 10, 90), ramp(b.thighs_out.min(), -0.2, 0.5), ramp(-far, -0.8, -0.4)]
-        folded = np.mean([*folded, ramp(-wide, -0.6, -0.2)])
+        folded = mostly_all([*folded, ramp(-wide, -0.6, -0.2)])
         straddle = [ramp(b.legs_out.min(), 0, 0.7), ramp(-sole, -0.6, -0.15), ramp(-b.bend.max(), -120, -45)]
 
         def stands_and(fit):
@@ -341,7 +348,7 @@ class Humanoid(Robot):
                 body_natural,
             ),
             "splits": (
-                [seated[0], ramp(b.up, 0, 0.5), np.mean(straddle)],
+                [seated[0], ramp(b.up, 0, 0.5), mostly_all(straddle)],
                 [sunk, ramp(b.up, 0.5, 0.9), ramp(b.legs_out.min(), 0.7, 0.85)],
                 arms_natural,
             ),
@@ -361,6 +368,8 @@ class Humanoid(Robot):
             near = 0.2 * np.mean(asked) + 0.8 * np.prod(asked)
             met = near > 0.99 and CRITERIA[state](self.near_model, data)
             score = 0.8 + 0.2 * np.mean(deep) if met else 0.6 * near
+            if state in ("hands on hips", "arms crossed") and not met:
+                score *= shown
             result.append(score * (0.8 + 0.2 * natural))
         return np.array(result, np.float32)
 
@@ -532,6 +541,9 @@ def mixed(h, rng, held_out):
     """A state near one of GRADED's: each arm, each leg, the chest and the root are at it, elsewhere or on the way."""
     goal = posed(h, rng, pick(rng, GRADED), held_out)
     other = posed(h, rng, "standing" if rng.random() < 0.4 else pick(rng, EPISODE_STATES), held_out)
+    for part in PARTS[1:]:
+        if rng.random() < 0.4:
+            other[part] = rng.uniform(h.low, h.high)[part.start - 7 : part.stop - 7]
     at_goal = rng.choice([0.4, 0.75, 0.95])
     qpos = goal.copy()
     shares = [1.0 if rng.random() < at_goal else rng.choice([0.0, rng.random(), rng.random()]) for _ in PARTS]
@@ -688,7 +700,8 @@ def mutate(job):
     rng = np.random.default_rng(seed)
     rows = []
     for qpos in states:
-        qpos = mutated(h, rng, qpos.astype(np.float64), 0.15, 8)
+        strength = rng.choice([0.4, 1.0])  # small steps near a peak, larger ones to get to others
+        qpos = mutated(h, rng, qpos.astype(np.float64), 0.15 * strength, 8 * strength)
         rows.append((h.renderers[SIZE](qpos), *h.label(qpos), h.scores(qpos), qpos.astype(np.float32)))
     return dict(zip(COLUMNS, map(np.stack, zip(*rows, strict=True)), strict=True))
 

@@ -55,7 +55,8 @@ BATCH = 128  # pairs of a frame and a caption
 LEARNING_RATE = 2e-3  # the highest: warmed up, then a cosine to zero
 HIGHEST = 0.65  # the cosine of a frame with a graded sentence that it fits entirely; with a score of 0 it is 0
 GRADED_WEIGHT = 30.0  # of the squared error of those cosines, beside the other losses
-SEARCHES = (0.4, 0.6, 0.8)  # at these shares of the training a search looks for what the model pays too much
+SEARCHES = (0.3, 0.42, 0.54, 0.66, 0.76, 0.86)  # of the training, when a search looks for what is overpaid
+OVERPAID = 0.08  # by more than this, in cosine, and the state is trained on
 MET = 0.62  # no state outside of a criterion has a higher score, and none inside a lower one
 CONTEXT = MODEL["model_cfg"]["text_cfg"]["context_length"]
 # The state whose sentence is true of a state as well, or the state itself: hands on the hips, and it stands.
@@ -334,31 +335,44 @@ class Learner:
         return rewards.numpy()
 
 
-def search(pool, rng, rewards_of, data, chosen, count=48, generations=8):
-    """States near those that are paid too much, and nearer from generation to generation, as `make_data` has them.
+def search(pool, rng, rewards_of, data, chosen, count=60, generations=24):
+    """Mutated states that are paid more and more above their scores, as columns of `make_data`.
 
-    It climbs the reward less what the score is worth, for each graded state from the `count` worst of the chosen
-    frames. What an agent would exploit is among what it finds.
+    For each of GRADED it climbs from `count` states: of the chosen frames a third are the most overpaid, a third the
+    best paid outside of the criterion, and a third meet it. What an agent would exploit is among what it finds. Further
+    columns are "goal", an index of GRADED, "rewards" [GRADED], and "too_much", what the goal's reward is overpaid by.
     """
-    too_much = rewards_of(data["frames"][chosen]) - HIGHEST * data["scores"][chosen]
+    rewards, scores = rewards_of(data["frames"][chosen]), data["scores"][chosen]
+    starts = []
+    for i in range(len(GRADED)):
+        overpaid = np.argsort(HIGHEST * scores[:, i] - rewards[:, i])
+        outside = np.argsort(np.where(scores[:, i] < MET, -rewards[:, i], 1))
+        inside = rng.permutation(np.flatnonzero(scores[:, i] > MET))
+        starts.append(np.resize(np.concatenate([rows[: count // 3] for rows in (overpaid, outside, inside)]), count))
+    starts = np.concatenate(starts)
     goals = np.repeat(np.arange(len(GRADED)), count)
-    worst = np.argsort(-too_much, axis=0)[:count].T.ravel()
-    states = data["qpos"][chosen[worst]]
-    heights = too_much[worst, goals]
+    states = data["qpos"][chosen[starts]]
+    highest = (rewards - HIGHEST * scores)[starts, goals]
     found = []
     for _ in range(generations):
         jobs = [(part, rng.integers(2**32)) for part in np.array_split(states, 16)]
         parts = pool.map(mutate, jobs, chunksize=1)
         children = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        children["goal"] = goals
-        children["rewards"] = rewards_of(children["frames"])
-        rows = np.arange(len(goals))
-        new_heights = children["rewards"][rows, goals] - HIGHEST * children["scores"][rows, goals]
-        better = new_heights > heights
-        states = np.where(better[:, None], children["qpos"], states)
-        heights = np.where(better, new_heights, heights)
-        found.append(children)
+        children |= {"goal": goals, "rewards": rewards_of(children["frames"])}
+        too_much = (children["rewards"] - HIGHEST * children["scores"])[np.arange(len(goals)), goals]
+        states = np.where((too_much > highest)[:, None], children["qpos"], states)
+        highest = np.maximum(too_much, highest)
+        found.append(children | {"too_much": too_much})
     return {name: np.concatenate([children[name] for children in found]) for name in found[0]}
+
+
+def most_overpaid(found, count=500):
+    """Rows of what `search` has found: for each goal at most `count`."""
+    rows = []
+    for i in range(len(GRADED)):
+        overpaid = np.flatnonzero((found["goal"] == i) & (found["too_much"] > OVERPAID))
+        rows.append(overpaid[np.argsort(-found["too_much"][overpaid])][:count])
+    return np.concatenate(rows)
 
 
 def save(model, folder):
@@ -397,10 +411,11 @@ def train(args, pool):
             begun = time.time()
             chosen = rng.choice(humanoid, min(8000, len(humanoid)), replace=False)
             found = search(pool, rng, learner.rewards, data, chosen)
-            rows, replaceable = np.split(replaceable, [len(found["frames"])])
+            kept = most_overpaid(found)
+            rows, replaceable = np.split(replaceable, [len(kept)])
             for name in COLUMNS:
-                data[name][rows] = found[name][: len(rows)]
-            print(f"searched in {time.time() - begun:.0f} s", flush=True)
+                data[name][rows] = found[name][kept[: len(rows)]]
+            print(f"searched in {time.time() - begun:.0f} s, {len(kept)} states are overpaid", flush=True)
         postures = normalized(data["postures"][batch].astype(np.float64))  # rng.choice wants a sum of 1 in float64
         arms = normalized(data["arms"][batch].astype(np.float64))
         captions = [caption(rng, *chances) for chances in zip(postures, arms, strict=True)]
