@@ -723,7 +723,7 @@ def train(args):
             pixels = torch.empty((shape[0], args.num_envs // WORLD, *run.frame_shape), **pinned).numpy()
             frames = pixels.reshape(-1, *run.frame_shape)  # the same memory, [T * N, H, W, 3]
 
-        tell_renderer(run)
+        tell_start(args, run)
         while global_step < args.total_timesteps:
             clock = [time.perf_counter()]
             # Each phase's random numbers follow from the seed and its first frame alone: there is no state to save.
@@ -1121,8 +1121,10 @@ def make_envs(args, config):
         envs.closed = True  # its own close() would wait for answers
 
 
-def tell_renderer(run):
-    """Prints a line that names what draws the frames."""
+def tell_start(args, run):
+    """Prints a line that says where and on what is trained, and one that names what draws the frames."""
+    goals = ", ".join(f'"{goal}"' for goal in args.goal)
+    note(f"{run.dir} trains on {f'{goals} by {args.clip}' if run.reward else args.env_id + ' and its own reward'}")
     name = run.envs.call("drawn_by")[0]
     if name and "llvmpipe" in name and run.device.type == "cuda":
         advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
@@ -1369,8 +1371,6 @@ def open_log(args, run):
         tqdm(total=args.total_timesteps, initial=run.first_step, smoothing=0.05, delay=0.1, **bar) as run.progress,
     ):
         run.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
-        goals = ", ".join(f'"{goal}"' for goal in args.goal)
-        note(f"{run.dir} trains on {f'{goals} by {args.clip}' if run.reward else args.env_id + ' and its own reward'}")
         yield
 
 

@@ -595,7 +595,7 @@ def test_workers_draw_their_first_frames_one_after_the_other_on_the_gpu_asked_fo
         os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it stays in this process
 
 
-def test_the_line_at_the_start_names_the_renderer_and_warns_of_a_cpus(capsys):
+def test_the_lines_at_the_start_name_the_run_and_the_renderer_and_warn_of_a_cpus(capsys):
     for name, device, words in (
         ("NVIDIA H100", "cuda", ["by NVIDIA H100"]),
         ("llvmpipe (LLVM 15)", "cpu", ["by llvmpipe"]),
@@ -603,8 +603,10 @@ def test_the_line_at_the_start_names_the_renderer_and_warns_of_a_cpus(capsys):
         (None, "cpu", []),
     ):
         envs = SimpleNamespace(call=lambda method, name=name: (name,) if method == "drawn_by" else None)
-        sac_vlmrm.tell_renderer(SimpleNamespace(envs=envs, device=torch.device(device)))
-        lines = capsys.readouterr().err.splitlines()
+        run = SimpleNamespace(envs=envs, device=torch.device(device), dir="runs/a", reward=True)
+        sac_vlmrm.tell_start(Args(goal=("a pole", "a cart"), clip="RN50"), run)
+        first, *lines = capsys.readouterr().err.splitlines()
+        assert first == 'runs/a trains on "a pole", "a cart" by RN50'
         assert len(lines) == (len(words) > 0) and all(word in lines[0] for word in words)
         assert ("warning" in "".join(lines)) == ("warning:" in words)
 
