@@ -847,10 +847,9 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
         if not tags:
-            known = dict.fromkeys(name for name, _ in open_clip.list_pretrained())
-            near = difflib.get_close_matches(name, known, cutoff=0.4) or ["ViT-L-14"]
-            near = f"with weights there are {', '.join(near)}, and others: open_clip.list_pretrained()"
-            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {near}")
+            near = difflib.get_close_matches(name, {known for known, _ in open_clip.list_pretrained()}, cutoff=0.4)
+            known = f"open_clip.list_pretrained() has those with weights, such as {', '.join(near or ['ViT-L-14'])}"
+            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
         tag = pretrained or DEFAULT_WEIGHTS.get(name, tags[0])
         if tag not in tags and not Path(tag).is_file():
             raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
@@ -988,7 +987,7 @@ def check_environment(env):
     """Raises ValueError if the algorithm can't act in an environment, or CLIP can't see it."""
     if not isinstance(env.action_space, ACTION_SPACES):
         needed = " or ".join(space.__name__ for space in ACTION_SPACES)
-        other = "; ppo_vlmrm.py has discrete actions" if gym.spaces.Discrete not in ACTION_SPACES else ""
+        other = "; ppo_vlmrm.py takes it" if isinstance(env.action_space, gym.spaces.Discrete) else ""
         raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}{other}")
     if "rgb_array" not in env.metadata.get("render_modes", []):
         raise ValueError(f"{env.spec.id} has no rgb_array rendering for CLIP to look at")
@@ -1049,8 +1048,10 @@ def make_envs(args, config):
 
 def tell_start(args, run):
     """Prints a line that says where and on what is trained, and one that names what draws the frames."""
-    goals = ", ".join(f'"{goal}"' for goal in args.goal)
-    note(f"{run.dir} trains on {f'{goals} by {args.clip}' if run.reward else args.env_id + ' and its own reward'}")
+    reward = f"{args.env_id}'s own reward"
+    if run.reward:
+        reward = ", ".join(f'"{goal}"' for goal in args.goal) + f" by {args.clip}"
+    note(f"{run.dir} trains on {reward}")
     name = run.envs.call("drawn_by")[0]
     if name and "llvmpipe" in name and run.device.type == "cuda":
         advice = "in a container, NVIDIA_DRIVER_CAPABILITIES=all brings the GPU's driver"
@@ -1209,8 +1210,8 @@ def start_run(args):
                 stack.enter_context(lock_run_dir(run.dir))
             if run.dir:
                 name = args.checkpoint if args.play else "checkpoint.pt"
-                if name == "best.pt" and not (run.dir / name).exists():
-                    note(f"there is no {name} before the first evaluation: checkpoint.pt is played")
+                if not (run.dir / name).exists() and (run.dir / "checkpoint.pt").exists():
+                    note(f"there is no {name}, as before the first evaluation: checkpoint.pt is played")
                     name = "checkpoint.pt"
                 run.saved = load_checkpoint(run.dir / name)
             if args.resume and run.saved["versions"] != VERSIONS:

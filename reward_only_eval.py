@@ -985,10 +985,9 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
         if not tags:
-            known = dict.fromkeys(name for name, _ in open_clip.list_pretrained())
-            near = difflib.get_close_matches(name, known, cutoff=0.4) or ["ViT-L-14"]
-            near = f"with weights there are {', '.join(near)}, and others: open_clip.list_pretrained()"
-            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {near}")
+            near = difflib.get_close_matches(name, {known for known, _ in open_clip.list_pretrained()}, cutoff=0.4)
+            known = f"open_clip.list_pretrained() has those with weights, such as {', '.join(near or ['ViT-L-14'])}"
+            raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
         tag = pretrained or DEFAULT_WEIGHTS.get(name, tags[0])
         if tag not in tags and not Path(tag).is_file():
             raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")

@@ -42,9 +42,8 @@ def test_a_clips_folder_is_found_from_anywhere_afterwards(script, flags, tmp_pat
     args = parse(script, monkeypatch, *words)
     (tmp_path / "args.json").write_text(json.dumps(script.asdict(args), default=str))
     (tmp_path / "checkpoint.pt").touch()
-    assert (
-        parse(script, monkeypatch, *words, "--resume", "auto").resume == tmp_path
-    )  # the same folder, not another flag
+    resumed = parse(script, monkeypatch, *words, "--resume", "auto")  # which refuses other flags than the run's
+    assert resumed.resume == tmp_path
     monkeypatch.chdir(tmp_path)
     assert parse(script, monkeypatch, "--play", tmp_path).clip == TINY_CLIP
 

@@ -198,7 +198,9 @@ def test_resuming_with_other_versions_warns_in_one_line(tmp_path, reference, cap
     assert "warning" not in capsys.readouterr().err
     (tmp_path / "run" / "sac_vlmrm.py").write_text("another one")
     sac_vlmrm.train(Args(**FLAGS, resume=tmp_path / "run", total_timesteps=460))
-    assert "is not as it was when the run was started" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "is not as it was when the run was started" in errors
+    assert f"{tmp_path / 'run'} trains on" in errors and "evaluation at frame 460: " in errors
 
 
 def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, reference):

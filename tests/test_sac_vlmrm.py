@@ -634,7 +634,7 @@ def test_scoring_ahead_gives_the_same_rewards_from_the_same_chunks(render):
 BAD_INPUT = {
     "template": (["--template", "a photo"], "--template"),
     "goal is baseline": (["--goal", "x", "--baseline", "x", "--alpha", "0.5"], "--baseline"),
-    "architecture": (["--clip", "ViT-L-41"], "ViT-L-14"),
+    "architecture": (["--clip", "RN50x63"], "RN50x64"),
     "weights tag": (["--clip", "ViT-B-32", "--clip-pretrained", "nobody"], "laion2b_s34b_b79k"),
     "weights of a directory": (["--clip", TINY_CLIP, "--clip-pretrained", "openai"], "--clip-pretrained"),
     "not cached": (["--clip", "ViT-B-32"], "laion2b_s34b_b79k"),
