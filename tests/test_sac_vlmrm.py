@@ -436,6 +436,8 @@ def test_command_line_run_leaves_checkpoint_events_video_and_rollout(tmp_path, c
         32,
         "--checkpoint-every",
         100,
+        "--device",
+        "cpu",  # as the frames below are scored again
         "--run-dir",
         run_dir,
     )

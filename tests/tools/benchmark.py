@@ -278,6 +278,7 @@ def update_sac(args, table, device, state_dim, action_dim):
     settings, n = sac_vlmrm.Args(), 10_000
     agent = sac_vlmrm.SAC(settings, state_dim, gym.spaces.Box(-1, 1, (action_dim,))).to(device)
     agent.make_optimizers()
+    update = sac_vlmrm.RecordedUpdate(agent) if device.type == "cuda" else agent.update
     buffer = sac_vlmrm.ReplayBuffer(settings.buffer_size, state_dim, action_dim, device)
     rows = transitions(n, state_dim, action_dim)
     buffer.add(**rows)
@@ -287,7 +288,7 @@ def update_sac(args, table, device, state_dim, action_dim):
 
     def ours():
         for batch in buffer.batches(50, args.batch_size, settings.relabel):
-            losses = agent.update(batch)
+            losses = update(batch)
         losses["q_values"].item()  # waits for the device
         return 50
 
