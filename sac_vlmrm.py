@@ -852,8 +852,10 @@ class RecordedUpdate:
     """
 
     def __init__(self, agent):
+        device = agent.goals.device
+        torch.cuda.set_device(device)  # where streams and graphs are made; it may be `cuda:1`
         self.agent, self.calls, self.graph = agent, 0, torch.cuda.CUDAGraph()
-        self.learning_rate = torch.zeros((), device=agent.goals.device)  # what is recorded reads it from there
+        self.learning_rate = torch.zeros((), device=device)  # what is recorded reads it from there
 
     def __call__(self, batch):
         groups = [optimizer.param_groups[0] for optimizer in self.agent.optimizers.values()]
