@@ -72,20 +72,23 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sac_vlmrm", "ppo_vlmrm", "reward_only_eval"])
 
 
-def play_command(words, environment, output):
+def play_command(words, environment, output, cwd):
     """Is `python WORDS`, in a process that has the libraries already; it writes to the files `output`.out and .err."""
+    os.setsid()  # so that a test sees the processes that it leaves behind
+    os.chdir(cwd)
     for number, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
-def start(script, *words, env=None, **flags):
-    """Starts a script, with variables `env` that none of its libraries reads; `finish` waits for its end."""
+def start(script, *words, env=None, cwd=".", **flags):
+    """Starts a script in a session of its own; its libraries do not read `env`. `finish` waits for its end."""
     output = Path(tempfile.mkdtemp()) / "std"
-    arguments = (command(script, *words, **flags)[1:], {**os.environ, **(env or {})}, str(output))
+    arguments = (command(script, *words, **flags)[1:], {**os.environ, **(env or {})}, str(output), cwd)
     process = SERVER.Process(target=play_command, args=arguments)
     process.start()
     return process, output

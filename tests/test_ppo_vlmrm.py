@@ -1,14 +1,14 @@
 """Behaviour of ppo_vlmrm.py's own parts: advantages, the clipped objective, statistics, discrete actions, resuming."""
 
+import os
 import signal
-import subprocess
 import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import KNEELING, LYING, TINY_CLIP, assert_same_checkpoint, command, load, one_line, run, scalars
+from conftest import KNEELING, LYING, TINY_CLIP, assert_same_checkpoint, finish, load, one_line, run, scalars, start
 
 import ppo_vlmrm
 from ppo_vlmrm import PPO, Args, gae
@@ -248,18 +248,14 @@ def test_resuming_is_exact_also_with_clip_and_several_goals(tmp_path):
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, number, status):
     flags = FLAGS | dict(total_timesteps=4000)
-    process = subprocess.Popen(
-        command("ppo_vlmrm", **flags, run_dir=tmp_path / "run"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process, output = start("ppo_vlmrm", **flags, run_dir=tmp_path / "run")
     while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
+    os.kill(process.pid, number)
+    result = finish(process, output, timeout=30)
+    errors = result.stderr
+    assert result.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
     result = run("ppo_vlmrm", resume=tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "run", ppo_vlmrm.train(Args(**flags, run_dir=tmp_path / "whole")))

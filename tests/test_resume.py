@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, load, one_line, run, scalars
+from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, finish, load, one_line, run, scalars, start
 
 import ppo_vlmrm
 import sac_vlmrm
@@ -45,14 +45,6 @@ FLAGS = dict(
 def for_ppo(flags):
     """The same for PPO, without what is SAC's."""
     return {name: flags[name] for name in flags.keys() & vars(ppo_vlmrm.Args())} | dict(num_steps=10, num_minibatches=4)
-
-
-def start(env=None, cwd=None, **flags):
-    """Starts the script in a session of its own, so that what it leaves behind can be seen."""
-    line = command("sac_vlmrm", **flags)
-    environment = {**os.environ, **(env or {})}
-    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen(line, start_new_session=True, env=environment, cwd=cwd, **pipes)
 
 
 def session_members(session):
@@ -108,14 +100,17 @@ def test_resuming_is_exact(tmp_path):
     assert_same_end(part, whole)
 
 
+def kill_run(process, output):
+    """Kills the main process of a run alone, and waits until none that it started is left."""
+    process.kill()
+    finish(process, output)
+    wait_for(lambda: not session_members(process.pid), 10)
+
+
 def kill_is_due(process, path, before, while_writing):
     newer = path.exists() and path.stat().st_mtime_ns != before
     writing = while_writing and path.with_suffix(".tmp").exists()
-    return newer or writing or process.poll() is not None
-
-
-def no_members(session):
-    return not session_members(session)
+    return newer or writing or not process.is_alive()
 
 
 def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, reference):
@@ -123,16 +118,14 @@ def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, re
     for kill in range(10):
         where = {"resume": run_dir} if (run_dir / "checkpoint.pt").exists() else {"run_dir": run_dir}
         flags = {} if "resume" in where else FLAGS
-        process = start(**flags, **where, total_timesteps=400)
+        process, output = start("sac_vlmrm", **flags, **where, total_timesteps=400)
         path = run_dir / "checkpoint.pt"
         before = path.stat().st_mtime_ns if path.exists() else None
 
         # Half of the kills come right as files are written, the others a random moment after a checkpoint.
         wait_for(partial(kill_is_due, process, path, before, while_writing=kill % 2 == 1))
         time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.1))))
-        process.kill()
-        process.communicate()
-        wait_for(partial(no_members, process.pid))
+        kill_run(process, output)
         assert load(run_dir)["global_step"] % 20 == 0
     result = run("sac_vlmrm", resume=run_dir)
     assert result.returncode == 0, result.stderr
@@ -140,12 +133,10 @@ def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, re
 
 
 def test_a_kill_of_the_main_process_leaves_no_environment_behind(tmp_path):
-    process = start(**FLAGS, run_dir=tmp_path / "run", total_timesteps=10**6)
+    process, output = start("sac_vlmrm", **FLAGS, run_dir=tmp_path / "run", total_timesteps=10**6)
     wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").exists())
     assert len(session_members(process.pid)) >= 3  # itself and two environments
-    process.kill()  # that process alone: nothing tells the others
-    process.communicate()
-    wait_for(partial(no_members, process.pid), 10)
+    kill_run(process, output)  # nothing tells the others
 
 
 class StopAfter(list):
@@ -206,17 +197,13 @@ def test_resuming_with_other_versions_warns_in_one_line(tmp_path, reference, cap
 def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, reference):
     run_dir = tmp_path / "run"
     flags = dict(**FLAGS, resume="auto", run_dir=run_dir, total_timesteps=400)
-    process = start(**flags)
+    started = start("sac_vlmrm", **flags)
     wait_for(lambda: (run_dir / "args.json").exists())  # before there is a checkpoint
-    process.kill()
-    process.communicate()
-    wait_for(partial(no_members, process.pid))
+    kill_run(*started)
     (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    process = start(**flags)
+    started = start("sac_vlmrm", **flags)
     wait_for(lambda: (run_dir / "checkpoint.pt").exists())
-    process.kill()
-    process.communicate()
-    wait_for(partial(no_members, process.pid))
+    kill_run(*started)
     for _ in range(2):  # the second time there is nothing left to do
         result = run("sac_vlmrm", **flags)
         assert result.returncode == 0, result.stderr
@@ -229,11 +216,12 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, reference):
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_no_process_left(tmp_path, reference, number, status):
     run_dir = tmp_path / "run"
-    process = start(**FLAGS, run_dir=run_dir, total_timesteps=10**6)
+    process, output = start("sac_vlmrm", **FLAGS, run_dir=run_dir, total_timesteps=10**6)
     wait_for(lambda: (run_dir / "checkpoint.pt").exists())
     os.killpg(process.pid, number)  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the workers as well
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
+    result = finish(process, output, timeout=30)
+    errors = result.stderr
+    assert result.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
     wait_for(lambda: not session_members(process.pid), 5)
     frame = load(run_dir)["global_step"]
     if frame < 400:
@@ -253,12 +241,13 @@ def test_a_second_signal_ends_a_run_at_once():
 
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path):
     run_dir = tmp_path / "run"
-    process = start(**FLAGS, run_dir=run_dir, total_timesteps=10**6)
+    process, output = start("sac_vlmrm", **FLAGS, run_dir=run_dir, total_timesteps=10**6)
     wait_for(lambda: (run_dir / "checkpoint.pt").exists())
     workers = [pid for pid in session_members(process.pid) if pid != process.pid]
     os.kill(max(workers), signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1 and "died (exit code -9)" in errors and "Traceback" not in errors, errors
+    result = finish(process, output, timeout=30)
+    errors = result.stderr
+    assert result.returncode == 1 and "died (exit code -9)" in errors and "Traceback" not in errors, errors
     wait_for(lambda: not session_members(process.pid), 5)
     load(run_dir)
 
@@ -302,9 +291,11 @@ for fault in ("nan", "raise", "strict"):
 def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
     (tmp_path / "broken_environments.py").write_text(BROKEN)
     flags = {**FLAGS, "env_id": f"broken_environments:Broken-{fault}-v0", "checkpoint_every": 20}
-    process = start(**flags, run_dir=tmp_path / "run", total_timesteps=1000, env={"PYTHONPATH": str(tmp_path)})
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and said in errors and errors.count("error:") == 1, errors
+    flags |= dict(run_dir=tmp_path / "run", total_timesteps=1000)
+    process, output = start("sac_vlmrm", **flags, env={"PYTHONPATH": str(tmp_path)})
+    result = finish(process, output, timeout=60)
+    errors = result.stderr
+    assert result.returncode == 1 and said in errors and errors.count("error:") == 1, errors
     assert load(tmp_path / "run")["global_step"] >= 20
     wait_for(lambda: not session_members(process.pid), 5)
 
@@ -351,11 +342,12 @@ WRITES = {  # what a run writes next once it has a checkpoint
 @pytest.mark.parametrize("what", WRITES)
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, what):
     run_dir = tmp_path / "run"
-    process = start(**{**FLAGS, **WRITES[what]}, run_dir=run_dir, total_timesteps=10**6)
+    process, output = start("sac_vlmrm", **{**FLAGS, **WRITES[what]}, run_dir=run_dir, total_timesteps=10**6)
     wait_for(lambda: (run_dir / "checkpoint.pt").exists())
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))  # no file of it may grow from here on
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.count("error: [Errno") == 1 and "Traceback" not in errors, errors
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))  # room for an error, not for files
+    result = finish(process, output, timeout=60)
+    errors = result.stderr
+    assert result.returncode == 1 and errors.count("error: [Errno") == 1 and "Traceback" not in errors, errors
     wait_for(lambda: not session_members(process.pid), 5)
     frame = load(run_dir)["global_step"]
     if what != "checkpoint":
@@ -387,14 +379,12 @@ def test_a_buffer_that_memory_or_the_disk_has_no_room_for_is_one_line(tmp_path, 
 
 def test_two_processes_never_share_a_run(tmp_path, reference):
     """Those of one seed that start in the same second get two folders; a run in progress can't be resumed."""
-    runs = [start(**FLAGS, total_timesteps=10**6, cwd=tmp_path) for _ in range(2)]
+    runs = [start("sac_vlmrm", **FLAGS, total_timesteps=10**6, cwd=tmp_path) for _ in range(2)]
     wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2)
     folder = next(tmp_path.glob("runs/*"))
     assert "another process runs in" in one_line(run("sac_vlmrm", resume=folder))
-    for process in runs:
-        process.kill()
-        process.communicate()
-        wait_for(partial(no_members, process.pid))
+    for started in runs:
+        kill_run(*started)
     sac_vlmrm.train(Args(**FLAGS, resume=folder, total_timesteps=load(folder)["global_step"] + 20))
 
 
