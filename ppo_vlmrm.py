@@ -255,7 +255,8 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
-    return (logits.softmax(-1)[:, : len(goals)] > threshold).float()
+    probabilities = logits.softmax(-1)[:, : len(goals)]
+    return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
 
 
 class CLIP:
@@ -1559,8 +1560,8 @@ def warn_of_rewards(args, envs):
             note(f"warning: frames of {args.env_id} are {size}; {advice}")
 
 
-# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
-# rate, with --anneal-lr, on --total-timesteps).
+# What may differ when a run is resumed: it changes nothing that is trained on, but that the learning rate follows
+# --total-timesteps (with --anneal-lr), another --clip-batch-size rounds otherwise and another device draws other noise.
 CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every eval_episodes checkpoint_every video
     save_rollouts track traceback clip_batch_size""".split()
 

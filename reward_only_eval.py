@@ -182,7 +182,8 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
-    return (logits.softmax(-1)[:, : len(goals)] > threshold).float()
+    probabilities = logits.softmax(-1)[:, : len(goals)]
+    return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
 
 
 def goal_probability(frames, goals, negatives, temperature):

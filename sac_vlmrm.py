@@ -262,7 +262,8 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
-    return (logits.softmax(-1)[:, : len(goals)] > threshold).float()
+    probabilities = logits.softmax(-1)[:, : len(goals)]
+    return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
 
 
 class CLIP:
@@ -569,7 +570,11 @@ class SAC(nn.Module):
         return actions.cpu().numpy()
 
     def update(self, batch):
-        """One gradient step of the critics, the actor and the entropy coefficient; returns losses as 0-d tensors."""
+        """One gradient step of the critics, the actor and the entropy coefficient; returns losses as 0-d tensors.
+
+        On a GPU this runs four times, then its kernels are replayed (RecordedUpdate): branches, counters and floats
+        stay as they were, and only what is changed in place is seen. If yours must be run, call it itself in train().
+        """
         states = self.inputs(batch["states"], batch["goal_ids"])
         next_states = self.inputs(batch["next_states"], batch["goal_ids"])
         ent_coef = self.log_ent_coef.detach().exp()
@@ -846,21 +851,22 @@ def make_agent(args, run):
 
 
 class RecordedUpdate:
-    """SAC.update on a GPU: its 200 kernels, recorded once as a CUDA graph, start by one launch, and give the same bits.
+    """SAC.update on a GPU: its 200 kernels, recorded as a CUDA graph at the fourth call, then start by one launch.
 
-    Launched one by one they took 8.3 ms on an H100, 0.7 ms this way.
+    It gives the same bits; beside an H100 it took 0.7 ms, and 8.3 where the processor launched each. What it returns is
+    overwritten by the next call.
     """
 
     def __init__(self, agent):
         device = agent.goals.device
         torch.cuda.set_device(device)  # where streams and graphs are made; it may be `cuda:1`
         self.agent, self.calls, self.graph = agent, 0, torch.cuda.CUDAGraph()
-        self.learning_rate = torch.zeros((), device=device)  # what is recorded reads it from there
+        self.learning_rates = [torch.zeros((), device=device) for _ in agent.optimizers]  # what is recorded reads these
 
     def __call__(self, batch):
         groups = [optimizer.param_groups[0] for optimizer in self.agent.optimizers.values()]
         self.calls += 1
-        if self.calls <= 3:  # CUDA's libraries set themselves up, which can't be recorded
+        if self.calls <= 3:  # Adam makes its state and CUDA's libraries set themselves up, which can't be recorded
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
@@ -869,14 +875,15 @@ class RecordedUpdate:
             return losses
         if self.calls == 4:
             self.batch = {name: value.clone() for name, value in batch.items()}
-            rate = groups[0]["lr"]
-            for group in groups:
-                group.update(lr=self.learning_rate, capturable=True)
+            floats = [group["lr"] for group in groups]
+            for group, rate in zip(groups, self.learning_rates, strict=True):
+                group.update(lr=rate, capturable=True)
             with torch.cuda.graph(self.graph):
                 self.losses = self.agent.update(self.batch)
-            for group in groups:  # so that a checkpoint resumes on a CPU, too
+            for group, rate in zip(groups, floats, strict=True):  # as checkpoints and the log have it
                 group.update(lr=rate, capturable=False)
-        self.learning_rate.fill_(groups[0]["lr"])
+        for group, rate in zip(groups, self.learning_rates, strict=True):
+            rate.fill_(group["lr"])
         for name, value in batch.items():
             self.batch[name].copy_(value)
         self.graph.replay()
@@ -1509,7 +1516,7 @@ def save_rows(buffer, path):
     ring = 2 * buffer.capacity
     with open(path, "r+b" if path.exists() else "wb") as file:
         while buffer.saved < buffer.total:
-            n = min(buffer.total - buffer.saved, ring - buffer.saved % ring)  # up to the end of the ring
+            n = min(buffer.total - buffer.saved, ring - buffer.saved % ring, 65536)  # up to the ring's end, in parts
             index = torch.arange(buffer.saved, buffer.saved + n) % buffer.capacity
             rows = buffer.rows[index].cpu().numpy()
             file.seek(buffer.saved % ring * rows[0].nbytes)
@@ -1724,8 +1731,8 @@ def warn_of_rewards(args, envs):
             note(f"warning: frames of {args.env_id} are {size}; {advice}")
 
 
-# What may differ when a run is resumed: nothing that is trained on depends on it, but for rounding (and the learning
-# rate, with --anneal-lr, on --total-timesteps).
+# What may differ when a run is resumed: it changes nothing that is trained on, but that the learning rate follows
+# --total-timesteps (with --anneal-lr), another --clip-batch-size rounds otherwise and another device draws other noise.
 CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every eval_episodes checkpoint_every video
     save_rollouts track traceback clip_batch_size""".split()
 

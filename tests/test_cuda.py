@@ -73,8 +73,9 @@ def test_recorded_updates_are_the_same_to_the_bit():
         for phase in range(3):  # the learning rate, statistics and parameters change between replays, too
             torch.manual_seed(phase)
             agent.normalizer.update(torch.rand(10, 5, device="cuda"))
-            for optimizer in agent.optimizers.values():
-                optimizer.param_groups[0]["lr"] = 1e-3 / (phase + 1)
+            agent.reward_stats.update(torch.rand(10, 2, device="cuda"))
+            for i, optimizer in enumerate(agent.optimizers.values(), 1):
+                optimizer.param_groups[0]["lr"] = 1e-3 / (phase + i)
             for batch in buffer.batches(10, 64, relabel=0.5):
                 losses = update(batch)
         optimizers = {name: optimizer.state_dict() for name, optimizer in agent.optimizers.items()}

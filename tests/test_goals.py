@@ -105,6 +105,7 @@ def test_a_tie_is_no_success_and_a_hair_decides_at_a_low_temperature():
     assert binary_reward(frame, goal, hair, 1e-9, 0.99).item() == 1.0
     assert binary_reward(frame, goal, hair, 1.0, 0.51).item() == 0.0
     assert binary_reward(frame, goal, goal[:0], 0.01, 0.5).item() == 1.0  # alone, a goal has all the probability
+    assert binary_reward(frame * torch.nan, goal, tied, 0.01, 0.5).isnan().all()  # which ends a run, as 0 would not
 
 
 def test_goals_are_negatives_of_each_other():
