@@ -307,7 +307,7 @@ class Humanoid(Robot):
         balance = np.linalg.norm(b.center - b.feet_at[b.soles.argmin(), :2])
         chest = data.body("torso").xpos[2]
         face = data.body("torso").xmat[6]
-        # Turned away from the default camera a hand is hidden, and an agent would be paid for what it might be doing.
+        # Turned away from the default camera limbs are hidden, and an agent would be paid for what they might be doing.
         shown = 0.5 + 0.5 * ramp(data.body("torso").xmat[0], 0.3, 0.85)
         high, wide = b.knees.max(), np.abs(b.feet[:, 1]).max()
         far = np.linalg.norm(b.feet, axis=1).max()
@@ -348,7 +348,7 @@ class Humanoid(Robot):
                 body_natural,
             ),
             "splits": (
-                [seated[0], ramp(b.up, 0, 0.5), mostly_all(straddle)],
+                [seated[0], ramp(b.up, 0, 0.5), np.mean(straddle)],
                 [sunk, ramp(b.up, 0.5, 0.9), ramp(b.legs_out.min(), 0.7, 0.85)],
                 arms_natural,
             ),
@@ -368,7 +368,7 @@ class Humanoid(Robot):
             near = 0.2 * np.mean(asked) + 0.8 * np.prod(asked)
             met = near > 0.99 and CRITERIA[state](self.near_model, data)
             score = 0.8 + 0.2 * np.mean(deep) if met else 0.6 * near
-            if state in ("hands on hips", "arms crossed") and not met:
+            if state in ("hands on hips", "arms crossed", "splits") and not met:
                 score *= shown
             result.append(score * (0.8 + 0.2 * natural))
         return np.array(result, np.float32)
