@@ -47,7 +47,7 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported: render without a window
 try:
     import mujoco
-except ModuleNotFoundError:  # mujoco itself
+except ModuleNotFoundError:  # a package is missing, not OpenGL
     raise
 except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
     print(f"error: no OpenGL without a display ({error}): apt-get install libegl1 libgl1-mesa-dri", file=sys.stderr)

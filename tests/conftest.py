@@ -80,7 +80,7 @@ def play_command(words, environment, output, cwd):
         os.dup2(os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))  # "" would be the current folder
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

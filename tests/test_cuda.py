@@ -19,7 +19,8 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("precision,error", [("fp32", 2e-3), ("auto", 5e-3)])  # fp32's convolutions are TF32
+# On an H100 the largest of fp16's errors on these frames was 0.0021; fp32's convolutions are TF32.
+@pytest.mark.parametrize("precision,error", [("fp32", 2e-3), ("auto", 5e-3)])
 def test_embeddings_and_rewards_are_the_cpus(precision, error):
     frames = np.random.default_rng(0).integers(256, size=(70, 96, 96, 3)).astype(np.uint8)
     expected, clip = make_clip(), CLIP(find_clip(TINY_CLIP), "cuda", precision, batch_size=32)
