@@ -1432,7 +1432,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
         pixels, film, length = result.pop("pixels"), result.pop("film"), result["lengths"][0]
         curve = f"/{slug(goals[goal_id])}" if len(goals) > 1 else ""
         file = f"{prefix}{global_step}{curve.replace('/', '-')}"
-        for name in {"clip_rewards", "env_rewards"} & result.keys():
+        for name in [name for name in ("clip_rewards", "env_rewards") if name in result]:
             charts[f"eval/{name.replace('rewards', 'return')}{curve}"] = result[name].sum(1).mean()
         if args.reward == "binary":  # VLM-SR's measure: was the goal reached at all
             charts[f"eval/success_rate{curve}"] = result["clip_rewards"].any(1).mean()

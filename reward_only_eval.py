@@ -1336,15 +1336,19 @@ def plot_landscapes(shown, sources, frames):
 
 
 def plot_precision_recall(shown, sources, frames):
-    """Precision and recall as the threshold on the reward varies."""
+    """Precision and recall as the threshold on the reward varies; dots are a binary reward's `--threshold`."""
     counted = frames[frames["counted"]]
     clips = dict.fromkeys(variant.clip for variant in shown)
     figure, axes = make_panels(len(clips))
     for clip, ax in zip(clips, axes, strict=False):
         for variant in [v for v in shown if v.clip == clip]:
-            precision, recall, _ = precision_recall_curve(counted["goal_state"], variant.scores[counted.index])
+            precision, recall, limits = precision_recall_curve(counted["goal_state"], variant.scores[counted.index])
             label = f"{variant.formula}: average precision {variant.metrics['average_precision']:.3f}"
             ax.plot(recall, precision, drawstyle="steps-post", label=label)
+            for mark in (0.1, 0.3, 0.5, 0.7, 0.9) if variant.alpha is None else ():  # a binary reward's --threshold
+                at = np.searchsorted(limits, mark)
+                ax.plot(recall[at], precision[at], "k.")
+                ax.annotate(f"{mark:g}", (recall[at], precision[at]), (3, 3), textcoords="offset points", fontsize=7)
         share = share_of(counted)
         ax.axhline(share, color="gray", linestyle="--", linewidth=1, label=f"guessing: {share:.3f}")
         ax.set(xlabel="recall: share of the goal states found", ylabel="precision", title=clip, ylim=(0, 1.03))
