@@ -1345,8 +1345,8 @@ def plot_precision_recall(shown, sources, frames):
             precision, recall, limits = precision_recall_curve(counted["goal_state"], variant.scores[counted.index])
             label = f"{variant.formula}: average precision {variant.metrics['average_precision']:.3f}"
             ax.plot(recall, precision, drawstyle="steps-post", label=label)
-            for mark in (0.1, 0.3, 0.5, 0.7, 0.9) if variant.alpha is None else ():  # a binary reward's --threshold
-                at = np.searchsorted(limits, mark)
+            for mark in (0.1, 0.3, 0.5, 0.7, 0.9) if variant.alpha is None else ():
+                at = np.searchsorted(limits, mark, "right")  # the reward is 1 above the threshold, not at it
                 ax.plot(recall[at], precision[at], "k.")
                 ax.annotate(f"{mark:g}", (recall[at], precision[at]), (3, 3), textcoords="offset points", fontsize=7)
         share = share_of(counted)

@@ -7,6 +7,7 @@ import math
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -159,6 +160,15 @@ def test_the_false_positive_rate_is_at_the_threshold_in_use():
     v = variant([0.1, 0.2, 0.3, 0.7, 0.7, 0.9])  # the highest F1 takes the upper three
     judged(v, source(labels))
     assert v.metrics["false_positive_rate"] == 0.25
+
+
+def test_a_binary_rewards_thresholds_are_dots_on_its_curve():
+    labels, p = [0, 0, 0, 0, 1, 1], np.array([0.1, 0.6, 0.5, 0.2, 0.9, 0.3])
+    v, frames = replace(variant(p > 0.5, p, 0.5), alpha=None), source(labels)
+    judged(v, frames, reward="binary")
+    (axes,) = reward_only_eval.plot_precision_recall([v], [frames], gather_frames([frames], None)).axes
+    dots = {text.get_text(): text.xy for text in axes.texts}
+    assert dots == {"0.1": (1, 0.4), "0.3": (0.5, 1 / 3), "0.5": (0.5, 0.5), "0.7": (0.5, 1), "0.9": (0, 1)}
 
 
 def test_intervals_are_over_episodes_so_that_more_frames_of_the_same_do_not_narrow_them():
