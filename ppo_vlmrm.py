@@ -98,7 +98,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     play: Path | None = None
     """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
     checkpoint: str = "best.pt"
-    """what --play plays: best.pt (highest CLIP return in evaluation) or checkpoint.pt (the latest)"""
+    """what --play plays: best.pt (highest return in evaluation) or checkpoint.pt (the latest)"""
     total_timesteps: Count = 400_000
     """environment frames to train for, counted over all environments"""
     eval_every: Count = 20_000
@@ -207,8 +207,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     normalize_obs: bool = True
     """scale observations by their running mean and standard deviation, clipped to +-10; frozen in evaluation"""
     normalize_reward: bool = True
-    """scale rewards by the running standard deviation of the discounted return, clipped to +-10; a CLIP reward's mean
-    is taken out first"""
+    """scale rewards by the running standard deviation of the discounted return, clipped to +-10; a regularized reward's
+    mean is taken out first, where no episode ends early"""
 
 
 # VLM-RM's humanoid, which it trained with SAC: those of its settings that are not SAC's, else CleanRL's. The defaults
@@ -304,7 +304,7 @@ class CLIP:
         embeddings = F.normalize(embeddings.float(), dim=-1)
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
-            if prompt.endswith((".png", ".jpg", ".jpeg")):
+            if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
                 embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
         return embeddings
 
@@ -504,7 +504,7 @@ class PPO(nn.Module):
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.first_action = int(action_space.start) if self.discrete else 0
         self.normalizer = RunningNorm(state_dim) if args.normalize_obs else nn.Identity()
-        self.reward_stats = RunningNorm(1)  # for its mean
+        self.reward_stats = RunningNorm(len(args.goal))  # of each goal's reward, over all frames, for its mean
         self.return_stats = RunningNorm(1)  # of the discounted return, for its variance
         self.register_buffer("goals", torch.zeros(1, 0) if goals is None else goals)
         input_dim = state_dim + self.goals.shape[1]
@@ -547,15 +547,17 @@ class PPO(nn.Module):
             return self.to_env(policy.sample())
         return self.to_env(policy.probs.argmax(-1) if self.discrete else policy.mean)
 
-    def scale_rewards(self, rewards, ended):
-        """Rewards [T, N] over the standard deviation of the discounted return, whose statistics they join first.
+    def scale_rewards(self, rewards, goal_ids, ended):
+        """Rewards for the goals pursued [T, N], over the standard deviation of their discounted return.
 
-        A CLIP reward also loses its mean: the return of a cosine that moves a little around 0.25 would vary most with
-        the time that is left. Not where episodes may end early: ending would be worth more or less than before.
+        Takes the rewards for every goal [T, N, G] and the goals pursued [T, N]; first both join their statistics. A
+        CLIP reward also loses its goal's mean: the return of a cosine that moves a little around 0.25 would vary most
+        with the time that is left. Not where episodes may end early: ending would be worth more or less than before.
         """
         if self.args.reward not in ("binary", "env") and not self.args.early_termination:
-            self.reward_stats.update(rewards.reshape(-1, 1))
+            self.reward_stats.update(rewards.flatten(0, 1))
             rewards = rewards - self.reward_stats.mean.float()
+        rewards = rewards.gather(-1, goal_ids[..., None]).squeeze(-1)
         returns, discounted = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
         for t in range(len(rewards)):
             returns[t] = discounted = rewards[t] + self.args.gamma * discounted
@@ -694,7 +696,7 @@ def train(args):
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
                 rewards[:, run.mine] = clip_reward(frames, range(n_goals)).reshape(*pixels.shape[:2], n_goals)
-            check_finite("a reward", rewards, global_step)
+            check_finite(f"a reward (of --clip-precision {args.clip_precision})", rewards, global_step)
             gather_columns(run, states, goal_ids, rewards, next_states, env_rewards, terminated, ended)
             gather_columns(run, inputs, actions, log_probs, values)
             if RANK > 0:  # gets rank 0's agent, after its updates
@@ -714,7 +716,8 @@ def train(args):
                 cut = torch.from_numpy(last_steps).to(device)
                 scaled = torch.from_numpy(pursued).to(device)
                 if args.normalize_reward:
-                    scaled = agent.scale_rewards(scaled, cut.float())
+                    of_all_goals, pursued_goals = (torch.from_numpy(x).to(device) for x in (rewards, goal_ids))
+                    scaled = agent.scale_rewards(of_all_goals, pursued_goals, cut.float())
                 next_values = values.roll(-1, 0)  # those of episodes' last steps are replaced
                 last_states = torch.from_numpy(next_states[last_steps]).to(device)
                 last_goals = torch.from_numpy(goal_ids[last_steps]).to(device)
@@ -836,7 +839,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         if not is_dir:
             urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
     except OSError as error:
-        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
+        huggingface_hub.constants.HF_HUB_OFFLINE |= not isinstance(error, urllib.request.HTTPError)  # an answer
     if is_dir or is_hub:
         if pretrained:
             raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
@@ -859,6 +862,10 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         preprocess = open_clip.get_pretrained_cfg(name, tag)
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         quick_gelu = preprocess.get("quick_gelu", False)
+        if not preprocess:
+            fact = "a file does not tell: taken to be trained with OpenAI's pixel mean and std, and without QuickGELU"
+            advice = "else give a folder with an open_clip_config.json as --clip"
+            print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
     known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
     config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
@@ -963,8 +970,8 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
+        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight, mujoco.mj_tendon):  # what is drawn
+            compute(self.model, self.data)
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
@@ -1176,14 +1183,19 @@ def episode_seeds(*key, n):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context of a list for the first SIGINT or SIGTERM, to end with a checkpoint; the second ends the run at once."""
-    received = []
+    """Context of a list for the first SIGINT or SIGTERM, to end with a checkpoint; a later one ends the run at once."""
+    received, first = [], 0.0
 
     def receive(number, _):
-        if received:
+        nonlocal first
+        if not received:
+            received.append(number)
+            first = time.monotonic()
+            os.write(
+                2, b"\nstopping after what is being computed; a signal after 3 s stops at once, without a checkpoint\n"
+            )
+        elif time.monotonic() - first > 3.0:  # before, it is the same: Slurm and torchrun both send it to each process
             os._exit(128 + number)
-        received.append(number)
-        os.write(2, b"\nstopping after what is being computed; a second signal stops at once, without a checkpoint\n")
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1384,15 +1396,18 @@ def evaluate(args, run, agent, goal_id, seeds):
         alive, steps = np.ones(args.num_envs, bool), []
         for _ in range(args.episode_length):
             actions = agent.act(state, np.full(args.num_envs, goal_id), deterministic=True)
-            observation, rewards, terminated, _, _ = envs.step(actions)
+            observation, rewards, terminated, truncated, _ = envs.step(actions)
             step = {name: value.copy() for name, value in observation.items()}
             state = step.pop("state")
             steps.append({**step, "env_rewards": rewards[run.mine], "alive": alive[run.mine].copy()})
-            alive &= ~terminated
+            ended = terminated | truncated
+            alive &= ~ended
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
-            if terminated.any():  # Gymnasium leaves it undefined what a further step does; what follows counts nothing
-                state = envs.reset(options={"reset_mask": terminated})[0]["state"]
+            if (
+                ended.any() and len(steps) < args.episode_length
+            ):  # a further step is undefined; what follows counts nothing
+                state = envs.reset(options={"reset_mask": ended})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels, alive = steps.pop("pixels"), steps["alive"]
         if run.reward:
@@ -1471,7 +1486,7 @@ def write_video(path, frames, rewards, fps=30):
 
 def slug(text):
     """A sentence as a part of a file's or a curve's name."""
-    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+    return re.sub(r"\W+", "-", text.lower()).strip("-")[:80]
 
 
 def episode_charts(args, ended, env_rewards, clip_rewards, goal_ids):
@@ -1504,6 +1519,10 @@ def play(args):
     args = replace(args, goal=trained, eval_goal=goals[len(trained) :])
     with start_run(args) as run:
         agent = make_agent(args, run)
+        with one_line_errors(args.traceback):
+            off = agent.goals[: len(trained)].cpu() - run.saved["agent"]["goals"][: len(trained)]
+            if off.square().sum() > 0.05 * off.numel():  # another precision is less
+                raise ValueError("the agent knows its goals by another --clip, --clip-pretrained or --template")
         agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
         charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
     for name, value in charts.items():
@@ -1561,9 +1580,10 @@ def warn_of_rewards(args, envs):
 
 
 # What may differ when a run is resumed: it changes nothing that is trained on, but that the learning rate follows
-# --total-timesteps (with --anneal-lr), another --clip-batch-size rounds otherwise and another device draws other noise.
+# --total-timesteps (with --anneal-lr), that another batch size or precision of CLIP rounds otherwise, and that another
+# device draws other noise.
 CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every eval_episodes checkpoint_every video
-    save_rollouts track traceback clip_batch_size""".split()
+    save_rollouts track traceback clip_batch_size clip_precision""".split()
 
 
 def with_absolute_clip(args):
@@ -1578,7 +1598,7 @@ def parse_args():
             if sys.argv.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
         args = tyro.cli(Args)
-        if len(args.goal) > 1 and all(goal.isalpha() for goal in args.goal):
+        if len(args.goal) > 1 and all(goal.isascii() and goal.isalpha() for goal in args.goal):
             raise ValueError(f"--goal {' '.join(args.goal)}: that is {len(args.goal)} goals, put a sentence in quotes")
         resume, run_dir = args.resume, args.run_dir
         if resume == Path("auto"):

@@ -116,7 +116,8 @@ class Args:
     reward: Literal["regularized", "binary"] = "regularized"
     """VLM-RM's CLIP reward, or VLM-SR's"""
     negatives: tuple[str, ...] = ()
-    """prompts that a goal competes with in the binary reward, beside the other goals"""
+    """prompts that a goal competes with in the binary reward, beside the goals of the run of --rollouts if these are
+    several; wordings in --goal don't compete with each other"""
     temperature: Positive | None = None
     """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
@@ -237,7 +238,7 @@ class CLIP:
         embeddings = F.normalize(embeddings.float(), dim=-1)
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
-            if prompt.endswith((".png", ".jpg", ".jpeg")):
+            if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
                 embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
         return embeddings
 
@@ -285,8 +286,8 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
+        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight, mujoco.mj_tendon):  # what is drawn
+            compute(self.model, self.data)
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
@@ -813,7 +814,7 @@ def judge(variant, frames, draws):
         rho = None if is_constant(rewards) else float(spearmanr(sweep["progress"], rewards).statistic)
         variant.rank_correlation[name] = rho
 
-    # Whole episodes are resampled, since frames of one are much alike; the same ones for all variants.
+    # Whole episodes are resampled, since frames of one are much alike; the threshold stays.
     episodes = [episode.to_numpy() for episode in frames[frames["counted"]].groupby("group").groups.values()]
     if len(episodes) < 2 or not draws:
         return
@@ -888,8 +889,6 @@ def evaluate_all_tasks(args):
     """Judges every model and alpha by each of the Humanoid's tasks, all on the same states. Returns the folder."""
     sources, xml_path, models, out_dir = load(args)
     embeddings, rates = encode(sources, xml_path, models, args)
-    tags = ["" if tag == "default" else f" {tag}" for tag in args.clip_pretrained] or [""] * len(args.clip)
-    args = replace(args, clip=tuple(clip + tag for clip, tag in zip(args.clip, tags, strict=True)))  # names to show
     rate_of = dict(zip(args.clip, rates, strict=True))
     humanoid = mujoco.MjModel.from_xml_path(xml_path)
     rows, worst = [], (-1.0, None)
@@ -916,7 +915,7 @@ def evaluate_all_tasks(args):
     captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{prompt}", {variant.name}.'
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
     each = table.drop(columns=["frames/s", "parameters"])
-    explanation = " ".join(EXPLANATIONS[name] for name in ("EPIC distance", "ROC-AUC", "average precision"))
+    explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
     tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]
     results = {"args": asdict(args), "mean": means.to_dict("records"), "tasks": table.to_dict("records")}
     (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str))
@@ -974,7 +973,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         if not is_dir:
             urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
     except OSError as error:
-        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(error, urllib.request.HTTPError)  # an answer
+        huggingface_hub.constants.HF_HUB_OFFLINE |= not isinstance(error, urllib.request.HTTPError)  # an answer
     if is_dir or is_hub:
         if pretrained:
             raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
@@ -997,6 +996,10 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         preprocess = open_clip.get_pretrained_cfg(name, tag)
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         quick_gelu = preprocess.get("quick_gelu", False)
+        if not preprocess:
+            fact = "a file does not tell: taken to be trained with OpenAI's pixel mean and std, and without QuickGELU"
+            advice = "else give a folder with an open_clip_config.json as --clip"
+            print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
     known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
     config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
@@ -1116,8 +1119,8 @@ def load_sources(args):
     xml_path = None
     if args.rollouts or args.sweep:
         env = gym.make(args.env_id, disable_env_checker=True).unwrapped
-        if not isinstance(env, MujocoEnv):
-            raise ValueError(f"{args.env_id} is no MuJoCo environment, whose states could be rendered: give --frames")
+        if not isinstance(env, MujocoEnv) or type(env).render is not MujocoEnv.render or env.model.nmocap:
+            raise ValueError(f"{args.env_id} draws its frames itself, which saved states do not tell of: give --frames")
         xml_path = env.fullpath
         bodies = [env.model.body(i).name for i in range(env.model.nbody)]
         for task in {"standing" if args.task == "all" else args.task, *args.sweep} & set(TASKS):
@@ -1148,7 +1151,10 @@ def load(args):
             render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
             render(sources[0].qpos[0])
             render.close()
-        return sources, xml_path, load_models(args), out_dir
+        models = load_models(args)
+        tags = ["" if tag == "default" else f" {tag}" for tag in args.clip_pretrained] or [""] * len(args.clip)
+        args.clip = tuple(clip + tag for clip, tag in zip(args.clip, tags, strict=True))  # from here on names to show
+        return sources, xml_path, models, out_dir
 
 
 def load_models(args):
@@ -1159,6 +1165,9 @@ def load_models(args):
     tags = [None if tag == "default" else tag for tag in tags]
     found = [find_clip(clip, tag, args.image_resize_mode) for clip, tag in zip(args.clip, tags, strict=True)]
     prompts = [*args.goal, *(args.negatives if args.reward == "binary" else [args.baseline])]
+    for prompt in prompts:
+        if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
+            Image.open(prompt).close()  # a missing file is an error now, before frames are encoded
     for source in found:
         check_prompts(source.tokenizer, [text.replace("{}", prompt) for prompt in prompts for text in args.template])
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1194,10 +1203,10 @@ def notes_on(variants, sources, frames, args):
             yield f"{variant.name}: the reward is the same on all labelled frames, so nothing correlates with it."
     defined = {name for variant in variants for name, value in variant.metrics.items() if value is not None}
     if "false_positive_rate" in defined and args.reward == "binary":
-        yield f"False positives are non-goal frames with p > {args.threshold:g}; the metrics of ranking are those of p."
-    elif "false_positive_rate" in defined:
-        yield "False positives are non-goal frames above the threshold of the highest F1; training uses no threshold."
+        yield f"For false positives the threshold on p is {args.threshold:g}; the metrics of ranking are those of p."
     episodes = counted["group"].nunique()
+    if args.bootstrap and counted.loc[counted["kind"] == "rollout", "number"].nunique() > 1:
+        yield "Episodes of a file share an agent, and a run's files their starts: intervals for other agents are wider."
     if episodes == 1:
         yield "All labelled frames are of one episode (a sweep is one), so that there are no intervals."
     elif args.bootstrap and episodes < 10:
@@ -1414,8 +1423,9 @@ def plot_contact_sheet(variant, sources, frames, xml_path, args, columns=8):
     for part, (title, candidates) in zip(figure.subfigures(len(rows)), rows.items(), strict=True):
         part.suptitle(title, x=0.005, horizontalalignment="left", fontsize=10)
         chosen = []
-        for frame in candidates.itertuples():  # those within 5 steps of one that is shown look the same
-            if all(frame.group != other.group or abs(frame.step - other.step) > 5 for other in chosen):
+        for frame in candidates.itertuples():  # those within 5 steps of one that is shown look the same, but for photos
+            apart = 0 if len(sources[frame.number].files or ()) > 1 else 5
+            if all(frame.group != other.group or abs(frame.step - other.step) > apart for other in chosen):
                 chosen.append(frame)
             if len(chosen) == columns:
                 break
@@ -1445,7 +1455,9 @@ EXPLANATIONS = {  # of columns
     "EPIC distance": "EPIC distance: 0 is the label itself up to scale and shift, 0.71 is unrelated, 1 its opposite.",
     "ROC-AUC": "ROC-AUC: the chance that a goal state scores above another state; guessing has 0.5.",
     "average precision": "Average precision: guessing has the share of goal states. All metrics depend on which states "
-    "were judged, and on that share. Brackets are 95% intervals from a bootstrap over episodes.",
+    "were judged, and on that share. Brackets, where there are some, are 95% intervals from a bootstrap over episodes.",
+    "false positives": "False positives: the share of the other states above the threshold; a regularized reward has "
+    "none when it is trained on, and gets that of the highest F1 on these states.",
     "success_rate": "A trajectory succeeds if it is in the goal state for half of its steps (VLM-RM); low and high are "
     "the 95% Wilson interval.",
     "recorded": "Recorded is the reward here that is nearest to the one that training recorded: if they differ by more "
@@ -1521,7 +1533,8 @@ def flags_of_run(rollout):
         if name in ("alpha", "clip", "clip_pretrained"):  # one there, several here
             value = [value]
         flags[name] = tuple(value) if isinstance(value, list) else value
-    flags["negatives"] = (*flags.get("negatives", ()), *saved.get("goal", ()))  # its goals compete with each other
+    if len(saved.get("goal", ())) > 1:  # they compete with each other
+        flags["negatives"] = (*flags.get("negatives", ()), *saved["goal"])
     return flags
 
 

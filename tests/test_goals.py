@@ -1,6 +1,7 @@
 """Several goals and the binary reward, in both training scripts."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -41,8 +42,8 @@ def unit(rng, *shape):
 
 
 def test_an_image_is_a_goal(clip, kneeling_frame, tmp_path):
-    image = f"{TINY_CLIP}/kneeling.png"
-    reward = sac_vlmrm.ClipReward(sac_vlmrm.Args(goal=(image, LYING), template=("{}", "a photo of {}")), clip)
+    image = shutil.copy(f"{TINY_CLIP}/kneeling.png", tmp_path / "kneeling.PNG")
+    reward = sac_vlmrm.ClipReward(sac_vlmrm.Args(goal=(str(image), LYING), template=("{}", "a photo of {}")), clip)
     of_the_image, of_lying = reward(kneeling_frame[None], [0, 1])[0]
     assert of_the_image == pytest.approx(1.0, abs=1e-5) and of_lying < 0.5
     result = run(
@@ -304,6 +305,19 @@ def test_flags_that_cannot_work_together_are_one_line_and_status_2(script, words
         script.train(script.parse_args())
     message = capsys.readouterr().err
     assert end.value.code == 2 and message.count("\n") == 1 and named in message
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
+def test_goals_may_be_in_any_script(script, monkeypatch):
+    goals = ("跪着的机器人", "站着的机器人")
+    monkeypatch.setattr("sys.argv", ["script", "--goal", *goals])
+    args = script.parse_args()
+    script.check_args(args)
+    assert (
+        args.goal == goals
+        and script.slug(goals[0]) == goals[0]
+        and script.slug("A robot, kneeling.") == "a-robot-kneeling"
+    )
 
 
 OUT_OF_RANGE = {

@@ -106,6 +106,11 @@ def test_playing_acts_by_the_checkpoint_from_new_starts_and_scores_the_new_sente
         np.testing.assert_allclose(rollout["clip_rewards"][0], expected, atol=1e-4)
 
 
+def test_an_agent_is_not_played_for_goals_that_it_knows_by_other_embeddings(trained):
+    script, run_dir = trained
+    assert "--template" in one_line(run(script.__name__, play=run_dir, template="lying face down, no {}"))
+
+
 def test_without_a_goal_all_of_the_runs_own_are_played(trained):
     script, run_dir = trained
     best = run_dir / "best.pt"

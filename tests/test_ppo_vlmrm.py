@@ -98,11 +98,13 @@ def test_an_endless_reward_of_one_is_worth_the_same_however_the_time_limit_cuts_
     assert (gae(ones, value, value, ended, ended, gamma, 0.95) < -1).all()  # terminated: much worse
 
 
+@pytest.mark.parametrize("norm_adv,clip_vloss,vf_coef", [(True, True, 0.5), (False, False, 0.3)])
 @pytest.mark.parametrize("discrete", [False, True])
-def test_loss_matches_the_clipped_objective_written_out(discrete):
+def test_loss_matches_the_clipped_objective_written_out(discrete, norm_adv, clip_vloss, vf_coef):
     torch.manual_seed(0)
     space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
-    agent, rng = PPO(Args(ent_coef=0.02, clip_coef=0.1), 4, space), np.random.default_rng(0)
+    args = Args(ent_coef=0.02, clip_coef=0.1, norm_adv=norm_adv, clip_vloss=clip_vloss, vf_coef=vf_coef)
+    agent, rng = PPO(args, 4, space), np.random.default_rng(0)
     with torch.no_grad():
         agent.actor[-1].weight.mul_(100.0)
     inputs = torch.from_numpy(rng.normal(size=(16, 4))).float()
@@ -121,34 +123,50 @@ def test_loss_matches_the_clipped_objective_written_out(discrete):
     else:
         log_new = (-0.5 * (a - out) ** 2 - 0.5 * np.log(2 * np.pi)).sum(1)  # the standard deviation starts at 1
         entropy = 2 * 0.5 * np.log(2 * np.pi * np.e)
-    adv = (adv - adv.mean()) / adv.std(ddof=1)
+    if norm_adv:
+        adv = (adv - adv.mean()) / adv.std(ddof=1)
     ratio = np.exp(log_new - log_old)
     policy_loss = np.maximum(-adv * ratio, -adv * np.clip(ratio, 0.9, 1.1)).mean()
-    clipped = v_old + np.clip(values - v_old, -0.1, 0.1)
+    clipped = v_old + np.clip(values - v_old, -0.1, 0.1) if clip_vloss else values
     value_loss = 0.5 * np.maximum((values - ret) ** 2, (clipped - ret) ** 2).mean()
-    assert loss.item() == pytest.approx(policy_loss - 0.02 * entropy + 0.5 * value_loss, rel=1e-4)
+    assert loss.item() == pytest.approx(policy_loss - 0.02 * entropy + vf_coef * value_loss, rel=1e-4)
     assert parts["clipfrac"].item() == pytest.approx((np.abs(ratio - 1) > 0.1).mean()) and 0 < parts["clipfrac"] < 1
+
+
+def scale(agent, rewards, ended):
+    return agent.scale_rewards(rewards[..., None], torch.zeros(rewards.shape, dtype=torch.int64), ended)
 
 
 def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return():
     agent = PPO(Args(gamma=0.5, early_termination=True), 3, gym.spaces.Box(-1, 1, (1,)))
     rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     ended = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-    scaled = agent.scale_rewards(rewards, ended)
+    scaled = scale(agent, rewards, ended)
     returns = np.array([1.0, 2.5, 3.0, 5.5])  # it starts anew after the second step
     np.testing.assert_allclose(scaled.numpy(), rewards.numpy() / returns.std(), rtol=1e-5)
+    spike = 1e6 * torch.eye(1000)[:, :1]
+    assert scale(agent, spike, torch.ones_like(spike)).max() == 10.0
 
 
-@pytest.mark.parametrize("reward,differs", [("regularized", False), ("env", True)])
+def test_rewards_are_shifted_by_their_goals_mean_of_all_rollouts():
+    agent, zeros = PPO(Args(), 3, gym.spaces.Box(-1, 1, (1,))), torch.zeros(20, 4)
+    scale(agent, zeros, zeros)
+    assert (scale(agent, zeros + 1.0, zeros) > 0.0).all()
+    agent = PPO(Args(goal=("a", "b")), 3, gym.spaces.Box(-1, 1, (1,)), torch.zeros(2, 5))
+    goal_ids = torch.randint(2, (20, 4))
+    rewards = torch.tensor([0.2, 0.8]) + 0.01 * torch.randn(20, 4, 2)
+    scaled = agent.scale_rewards(rewards, goal_ids, zeros)
+    assert scaled[goal_ids == 0].mean().item() == pytest.approx(scaled[goal_ids == 1].mean().item(), abs=0.1)
+
+
+@pytest.mark.parametrize("reward,differs", [("regularized", False), ("binary", True), ("env", True)])
 def test_scaled_rewards_do_not_depend_on_the_scale_and_the_offset_of_a_clip_reward(reward, differs):
     rng, ended = np.random.default_rng(0), torch.zeros(20, 4)
     ended[9::10] = 1.0
     agents = [PPO(Args(gamma=0.9, reward=reward), 3, gym.spaces.Box(-1, 1, (1,))) for _ in range(2)]
     for _ in range(3):
         rewards = torch.from_numpy(rng.normal(0.3, 0.2, (20, 4)).astype(np.float32))
-        one, other = (
-            agent.scale_rewards(r, ended) for agent, r in zip(agents, (rewards, 0.05 * rewards + 0.22), strict=True)
-        )
+        one, other = (scale(agent, r, ended) for agent, r in zip(agents, (rewards, 0.05 * rewards + 0.22), strict=True))
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) != differs
 
 

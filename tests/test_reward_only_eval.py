@@ -148,6 +148,7 @@ def test_graded_labels_count_as_they_are_and_as_classes_above_a_threshold():
     judged(v, source(labels), label_threshold=0.5)
     assert v.metrics["pearson"] == pytest.approx(np.corrcoef(labels, rewards)[0, 1])
     assert v.metrics["roc_auc"] == roc_auc_score([0, 0, 1, 1], rewards) == 0.75
+    assert v.metrics["average_precision"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 def test_the_false_positive_rate_is_at_the_threshold_in_use():
@@ -188,6 +189,11 @@ def test_intervals_are_over_episodes_so_that_more_frames_of_the_same_do_not_narr
         assert low < v.metrics["roc_auc"] == roc_auc_score(labels, rewards.astype(np.float32)) < high
         widths.append(high - low)
     assert widths[1] == pytest.approx(widths[0], rel=0.01) and widths[0] > 0.1
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(200):
+        chosen = (2 * rng.integers(20, size=20)[:, None] + [0, 1]).ravel()  # an episode is two frames
+        drawn.append(roc_auc_score(labels[chosen], rewards[chosen]))
+    assert widths[0] == pytest.approx(np.subtract(*np.percentile(drawn, (97.5, 2.5))))
 
 
 def test_success_is_half_of_an_episodes_steps_in_the_goal_state():
@@ -308,6 +314,34 @@ def test_a_binary_reward_competes_with_its_negatives_but_not_with_itself(monkeyp
     assert (
         np.mean(np.array(rewards) == expected) > 0.97 and 0.4 < expected.mean() < 0.6
     )  # but for the one at the threshold
+
+
+def test_two_weights_of_one_architecture_have_names_of_their_own(monkeypatch, tmp_path):
+    find = reward_only_eval.find_clip
+    monkeypatch.setattr(reward_only_eval, "find_clip", lambda clip, tag, mode: find(TINY_CLIP, None, mode))
+    flags = dict(env_id="InvertedPendulum-v5", sweep=("pole",), task="pole", goal=("a pole",))
+    flags |= dict(clip=("Tiny", "Tiny"), clip_pretrained=("default", "other"))
+    results = judge_in_process(monkeypatch, tmp_path, **flags)
+    assert [reward["name"] for reward in results["rewards"]] == ["Tiny, alpha 0", "Tiny other, alpha 0"]
+
+
+def test_the_goals_of_a_run_compete_with_each_other_but_a_single_one_not_with_other_words_for_it(tmp_path):
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    save_rollout(tmp_path / "run" / "rollouts" / "1.npz")
+    for goals, expected in ((["a"], ("b",)), (["a", "c"], ("b", "a", "c"))):
+        (tmp_path / "run" / "args.json").write_text(json.dumps({"goal": goals, "negatives": ["b"]}))
+        assert reward_only_eval.flags_of_run(tmp_path / "run" / "rollouts" / "1.npz")["negatives"] == expected
+
+
+def test_every_photo_of_a_folder_is_shown(tmp_path):
+    write_frames(tmp_path / "images")
+    photos = reward_only_eval.load_frames(tmp_path / "images")
+    sheet = reward_only_eval.plot_contact_sheet(
+        variant(np.arange(12)), [photos], gather_frames([photos], None), None, Args()
+    )
+    assert [len(axes.images) for axes in sheet.axes] == 16 * [
+        1
+    ]  # eight with the highest rewards, eight with the lowest
 
 
 def write_frames(folder, count=12):
@@ -437,12 +471,13 @@ BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "sweep of no joint": ("--env-id InvertedPendulum-v5 --sweep knee:0:1 --goal x", "slider, hinge"),
     "sweep of nothing": ("--sweep knelling", "kneeling"),
     "sweep of another robot": ("--env-id Ant-v5 --sweep kneeling", "Humanoid"),
-    "not MuJoCo": ("--env-id CartPole-v1 --sweep x:0:1 --goal x", "no MuJoCo"),
+    "not MuJoCo": ("--env-id CartPole-v1 --sweep x:0:1 --goal x", "draws its frames itself"),
     "environment": ("--env-id Humanoid-v55 --sweep kneeling", "`v5`"),
     "task": ("--sweep kneeling --task knelling", "one-leg"),
     "no goal": ("--env-id Ant-v5 --sweep root_z:0:1", "--goal"),
     "goal is baseline": ("--sweep kneeling --goal x y --baseline x --alpha 0 0.5", "--baseline"),
     "template": ("--sweep kneeling --template photo", "--template"),
+    "missing goal image": ("--sweep kneeling --goal no.PNG", "no.PNG"),
     "no negatives": ("--sweep kneeling --reward binary", "--negatives"),
     "tags": ("--sweep kneeling --clip-pretrained a b", "--clip-pretrained"),
     "clip": ("--sweep kneeling --clip ViT-L-41", "ViT-L-14"),

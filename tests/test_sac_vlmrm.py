@@ -231,6 +231,7 @@ def test_running_norm_is_the_mean_and_deviation_of_all_batches():
     np.testing.assert_allclose(norm.var, x.var(0), rtol=1e-5)
     expected = ((x - x.mean(0)) / x.std(0)).clip(-10, 10)
     np.testing.assert_allclose(norm(torch.from_numpy(x).float()), expected, atol=1e-3)
+    assert norm(torch.tensor([1e6, -1e6])).tolist() == [10.0, -10.0]
 
 
 def make_agent(dtype=torch.float32, **flags):
@@ -342,6 +343,23 @@ def test_updates_do_not_depend_on_the_scale_and_the_offset_of_a_clip_reward(scal
     one_step = torch.from_numpy(discounts == np.float32(gamma)).flatten()
     for goal in range(2):
         assert targets[0][one_step & (goal_ids == goal)].std() == pytest.approx(0.2, rel=0.6)
+
+
+@pytest.mark.parametrize(
+    "flags,scale,mean",
+    [
+        ({}, 0.1, 0.5),
+        ({"early_termination": True}, 0.1, 0.0),
+        ({"reward": "env"}, 1, 0.0),
+        ({"reward": "binary"}, 1, 0.0),
+    ],
+)
+def test_only_a_clip_reward_is_scaled_and_it_is_shifted_only_where_no_episode_ends_early(flags, scale, mean):
+    agent, batch = make_agent(**{"normalize_reward": True} | flags)
+    agent.reward_stats.mean.fill_(0.5)
+    agent.reward_stats.var.fill_(4.0)
+    steps = torch.where(batch["discounts"] == 0.0, 10.0, 1.0)
+    torch.testing.assert_close(agent.scaled_rewards(batch), scale * (batch["rewards"] - mean * steps))
 
 
 def test_targets_bootstrap_unless_terminated():

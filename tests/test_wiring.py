@@ -69,7 +69,7 @@ TEXTS |= {"middle": (0, 0, 1), "robot": (1, 1, 1)}
 
 
 class Probe(gym.Env):
-    """A point that is pushed about, and falls off a disc; its frames show where it is."""
+    """A point that is pushed about, and falls off a disc or leaves it; its frames show where it is."""
 
     metadata = {"render_modes": ["rgb_array"]}
     action_space = gym.spaces.Box(-2, 2, (2,), np.float32)
@@ -88,7 +88,8 @@ class Probe(gym.Env):
 
     def step(self, action):
         self.x = self.x + 0.25 * action
-        return self.look(), 1.0 + self.x[0] - 0.1 * float(action[1]), bool(np.hypot(*self.x) > 1.2), False, {}
+        far, left = bool(np.hypot(*self.x) > 1.2), bool(self.x[0] < -0.8)
+        return self.look(), 1.0 + self.x[0] - 0.1 * float(action[1]), far, left, {}
 
     def render(self):
         return np.full((4, 4, 3), (*np.clip(128 + 80 * self.x, 0, 255), 200), np.uint8)
@@ -557,7 +558,7 @@ def played(run, evaluation, goal):
                 np.testing.assert_array_equal(event.actions, actions)
                 reward = rewards_of(args, event)[:, goal]
                 steps.append((reward * alive, event.rewards * alive, alive))
-                alive = alive & ~event.terminated & ~((reward > 0) & args.terminate_on_success)
+                alive = alive & ~event.terminated & ~event.truncated & ~((reward > 0) & args.terminate_on_success)
                 states = event.states
         assert len(steps) == args.episode_length
         rows.append(np.array(steps))  # [T, 3, N]
@@ -740,6 +741,7 @@ def test_updates_are_those_owed_on_batches_of_what_was_asked_for(recording, case
     """As many as the frames owe; of rows of all phases so far, with the reward of each row's goal, swapped or not."""
     run = recording("sac", case)
     args, owed, swapped, phases_seen = run.args, 0, [], set()
+    further = set()  # by how many goals
     row_of = {}
     for phase in range(run.phases):
         seen = follow(run, phase)
@@ -763,9 +765,11 @@ def test_updates_are_those_owed_on_batches_of_what_was_asked_for(recording, case
                 assert_close(batch["next_states"][i], there.next_states[last, n])
                 assert_close(batch["discounts"][i], discount)
                 swapped.append(goal != there.goal_ids[t, n])
+                further.add((goal - there.goal_ids[t, n]) % len(args.goal))
                 phases_seen.add((phase, of_phase))
     assert owed > 5
     assert np.mean(swapped) == pytest.approx(args.relabel if case == "goals" else 0.0, abs=0.1)
+    assert further == set(range(len(args.goal) if args.relabel else 1))
     first = 1 if args.learning_starts > run.frames else 0  # the phase after which the first update is
     held = args.buffer_size // run.frames + (args.buffer_size % run.frames > 0)  # phases that the buffer has rows of
     expected = {(p, q) for p in range(first, run.phases) for q in range(max(0, p + 1 - held), p + 1)}

@@ -21,12 +21,12 @@ UNIT_TESTS = {
     "sac": [
         "tests/test_sac_vlmrm.py",
         "-k",
-        "update_matches or targets or n_step or wraps or running_norm or squashed or do_not_depend",
+        "update_matches or targets or n_step or wraps or running_norm or squashed or do_not_depend or clip_reward_is",
     ],
     "ppo": [
         "tests/test_ppo_vlmrm.py",
         "-k",
-        "gae or endless or loss_matches or scaled_by or in_bounds or do_not_depend",
+        "gae or endless or loss_matches or scaled_by or shifted_by or in_bounds or do_not_depend",
     ],
 }
 
@@ -78,6 +78,14 @@ sac | a resumed run forgets what it owes | run.saved["owed_updates"] => 0.0
 sac | statistics of rewards are not kept | agent.reward_stats.update(torch => (torch
 sac | goal 0's scale for all goals | x.float()[batch["goal_ids"]] for x => x.float()[0 * batch["goal_ids"]] for x
 sac | the mean of n rewards once | returns - mean * steps => returns - mean
+sac | the environment's rewards are scaled | args.reward not in ("binary", "env"): => True:
+sac | shifted where episodes end early | if not args.early_termination and args.gamma < 1.0: => if args.gamma < 1.0:
+sac | goals are swapped for the next one only | torch.randint(1, max(n_goals, 2), => torch.randint(1, 2,
+sac | outliers are not clipped | .rsqrt()).clamp(-10.0, 10.0) => .rsqrt())
+ppo | shifted by the rollout's own mean | rewards - self.reward_stats.mean.float() => rewards - rewards.mean()
+ppo | advantages are normalised unasked | if args.norm_adv and => if
+ppo | the value is clipped unasked | if args.clip_vloss: => if True:
+ppo | the value's weight is hard-coded | args.vf_coef * value_loss => 0.5 * value_loss
 sac | rewards are not scaled | = self.scaled_rewards(batch) + => = batch["rewards"] +
 ppo | shifted where episodes end early | "env") and not self.args.early_termination: => "env"):
 sac | tau is hard-coded | list(fast), self.args.tau) => list(fast), 0.005)
@@ -101,7 +109,9 @@ ppo | success is bootstrapped | terminated[t] |= rewards => truncated |= rewards
 ppo | the rollout's end is not bootstrapped | last_steps[-1] = True => pass
 ppo | the next episode's value is bootstrapped | next_values[cut] = agent.value => _ = agent.value
 ppo | bootstrapped for goal 0 | torch.from_numpy(goal_ids[last_steps]) => torch.from_numpy(0 * goal_ids[last_steps])
-ppo | truncated returns go on | rewards(scaled, cut.float()) => rewards(scaled, 0 * cut.float())
+ppo | truncated returns go on | pursued_goals, cut.float()) => pursued_goals, 0 * cut.float())
+ppo | scaled by goal 0's rewards | of_all_goals, pursued_goals, cut => of_all_goals, 0 * pursued_goals, cut
+ppo | one mean for all goals | rewards - self.reward_stats.mean.float() => rewards - self.reward_stats.mean.mean()
 ppo | gamma for lambda | *ends, args.gamma, args.gae_lambda) => *ends, args.gamma, args.gamma)
 ppo | returns without the value | returns = advantages + values => returns = advantages
 ppo | minibatches are not shuffled | torch.randperm(phase_frames, => torch.arange(phase_frames,

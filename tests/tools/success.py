@@ -92,7 +92,8 @@ def main(args):
         met = steps_met(rollout, criterion, env.model)
         successes = f"{successful(rollout, criterion, env.model).sum()} of {len(qpos)} episodes successful"
         share = f"{met.sum() / rollout['lengths'].sum():.1%} of all steps in the goal state"
-        steps = f"{share}, first at {np.argmax(met, 1).mean():.0f}"
+        first = np.argmax(met, 1)[met.any(1)]  # of the episodes that get there
+        steps = f"{share}, first at {first.mean():.0f}" if len(first) else share
         print(f'{path}, "{rollout["goal"]}": {successes}, {steps}')
         episodes.append(qpos)
     if args.curves:
