@@ -1191,9 +1191,7 @@ def stop_signals():
         if not received:
             received.append(number)
             first = time.monotonic()
-            os.write(
-                2, b"\nstopping after what is being computed; a signal after 3 s stops at once, without a checkpoint\n"
-            )
+            os.write(2, b"\nstopping after what is being computed; one more, after 3 s, stops without a checkpoint\n")
         elif time.monotonic() - first > 3.0:  # before, it is the same: Slurm and torchrun both send it to each process
             os._exit(128 + number)
 
@@ -1406,7 +1404,7 @@ def evaluate(args, run, agent, goal_id, seeds):
                 film.append(envs.call("render")[0])
             if (
                 ended.any() and len(steps) < args.episode_length
-            ):  # a further step is undefined; what follows counts nothing
+            ):  # stepping on is undefined; what follows is not counted
                 state = envs.reset(options={"reset_mask": ended})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels, alive = steps.pop("pixels"), steps["alive"]
