@@ -1402,9 +1402,7 @@ def evaluate(args, run, agent, goal_id, seeds):
             alive &= ~ended
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
-            if (
-                ended.any() and len(steps) < args.episode_length
-            ):  # stepping on is undefined; what comes then is not counted
+            if ended.any() and len(steps) < args.episode_length:  # stepping on is undefined; what follows is not read
                 state = envs.reset(options={"reset_mask": ended})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels, alive = steps.pop("pixels"), steps["alive"]
