@@ -106,7 +106,7 @@ class Args:
     env_id: str = "Humanoid-v5"
     """Gymnasium id (MODULE:ID imports your own module first) of an environment with `rgb_array` rendering"""
     goal: tuple[str, ...] | None = None
-    """wordings of the goal, each judged on its own (default: the task's prompt in VLM-RM)"""
+    """wordings of the goal, each judged on its own, not against each other (default: the task's prompt in VLM-RM)"""
     baseline: str = "a humanoid robot"
     """the neutral prompt of the goal-baseline regularisation"""
     alpha: tuple[Share, ...] = (0.0,)
@@ -116,8 +116,7 @@ class Args:
     reward: Literal["regularized", "binary"] = "regularized"
     """VLM-RM's CLIP reward, or VLM-SR's"""
     negatives: tuple[str, ...] = ()
-    """prompts that a goal competes with in the binary reward, beside the goals of the run of --rollouts if these are
-    several; wordings in --goal don't compete with each other"""
+    """prompts that a goal competes with in the binary reward, beside the other goals"""
     temperature: Positive | None = None
     """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
