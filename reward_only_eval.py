@@ -285,8 +285,10 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight, mujoco.mj_tendon):  # what is drawn
-            compute(self.model, self.data)
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)  # for lights that follow a center of mass
+        mujoco.mj_camlight(self.model, self.data)
+        mujoco.mj_tendon(self.model, self.data)
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
@@ -996,7 +998,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         quick_gelu = preprocess.get("quick_gelu", False)
         if not preprocess:
-            fact = "a file does not tell: taken to be trained with OpenAI's pixel mean and std, and without QuickGELU"
+            fact = f"a file does not tell: taken to want OpenAI's pixel mean and std, and the activation of {name}"
             advice = "else give a folder with an open_clip_config.json as --clip"
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
@@ -1205,7 +1207,7 @@ def notes_on(variants, sources, frames, args):
         yield f"For false positives the threshold on p is {args.threshold:g}; the metrics of ranking are those of p."
     episodes = counted["group"].nunique()
     if args.bootstrap and counted.loc[counted["kind"] == "rollout", "number"].nunique() > 1:
-        yield "Episodes of a file share an agent, and a run's files their starts: intervals for other agents are wider."
+        yield "Episodes of a file share an agent, and a run's files their starts: intervals are for these agents alone."
     if episodes == 1:
         yield "All labelled frames are of one episode (a sweep is one), so that there are no intervals."
     elif args.bootstrap and episodes < 10:

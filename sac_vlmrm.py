@@ -94,8 +94,9 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     run_dir: Path | None = None
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
-    """go on with the run in this folder, with its flags; only how long, how often and where it runs may be changed;
-    `auto` goes on in --run-dir if a checkpoint is there and else starts there, as a cluster's requeued job needs it"""
+    """go on with the run in this folder, with its flags; only how long, how often, where and in what CLIP precision it
+    runs may be changed; `auto` goes on in --run-dir if a checkpoint is there and else starts there, as a cluster's
+    requeued job needs it"""
     play: Path | None = None
     """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
     checkpoint: str = "best.pt"
@@ -782,7 +783,8 @@ def train(args):
                 rewards = env_rewards[..., None]
             elif not args.terminate_on_success:
                 rewards[:, run.mine] = clip_reward(frames, range(n_goals)).reshape(*pixels.shape[:2], n_goals)
-            check_finite(f"a reward (of --clip-precision {args.clip_precision})", rewards, global_step)
+            by = f" by CLIP in {clip_reward.clip.precision} (see --clip-precision)" if clip_reward else ""
+            check_finite(f"a reward{by}", rewards, global_step)
             gather_columns(run, states, actions, goal_ids, rewards, next_states, env_rewards, terminated, ended)
             if RANK > 0:  # gets rank 0's agent, after its updates
                 share_agent(agent)
@@ -980,7 +982,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         quick_gelu = preprocess.get("quick_gelu", False)
         if not preprocess:
-            fact = "a file does not tell: taken to be trained with OpenAI's pixel mean and std, and without QuickGELU"
+            fact = f"a file does not tell: taken to want OpenAI's pixel mean and std, and the activation of {name}"
             advice = "else give a folder with an open_clip_config.json as --clip"
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
@@ -1087,8 +1089,10 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight, mujoco.mj_tendon):  # what is drawn
-            compute(self.model, self.data)
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)  # for lights that follow a center of mass
+        mujoco.mj_camlight(self.model, self.data)
+        mujoco.mj_tendon(self.model, self.data)
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
@@ -1309,7 +1313,7 @@ def stop_signals():
             received.append(number)
             first = time.monotonic()
             os.write(2, b"\nstopping after what is being computed; one more, after 3 s, stops without a checkpoint\n")
-        elif time.monotonic() - first > 3.0:  # before, it is the same: Slurm and torchrun both send it to each process
+        elif time.monotonic() - first > 3.0:  # sooner, it may be the same one: torchrun passes on what it gets itself
             os._exit(128 + number)
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1571,7 +1575,7 @@ def evaluate(args, run, agent, goal_id, seeds):
             alive &= ~ended
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
-            if ended.any() and len(steps) < args.episode_length:  # stepping on is undefined; what follows is not read
+            if ended.any() and len(steps) < args.episode_length:  # stepping on is undefined; what follows is masked
                 state = envs.reset(options={"reset_mask": ended})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
         pixels, alive = steps.pop("pixels"), steps["alive"]
@@ -1651,7 +1655,7 @@ def write_video(path, frames, rewards, fps=30):
 
 def slug(text):
     """A sentence as a part of a file's or a curve's name."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-")[:80]
+    return re.sub(r"\W+", "-", text.lower()).strip("-")[:70]  # a file's name may have 255 bytes, a letter 3 or 4
 
 
 def episode_charts(args, ended, env_rewards, clip_rewards, goal_ids):
@@ -1686,7 +1690,7 @@ def play(args):
         agent = make_agent(args, run)
         with one_line_errors(args.traceback):
             off = agent.goals[: len(trained)].cpu() - run.saved["agent"]["goals"][: len(trained)]
-            if off.square().sum() > 0.05 * off.numel():  # another precision is less
+            if off.square().sum() > 0.05 * off.numel():  # bf16 instead of fp32: 1e-5 with the embedded CLIP
                 raise ValueError("the agent knows its goals by another --clip, --clip-pretrained or --template")
         agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
         charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")

@@ -354,7 +354,7 @@ def test_updates_do_not_depend_on_the_scale_and_the_offset_of_a_clip_reward(scal
         ({"reward": "binary"}, 1, 0.0),
     ],
 )
-def test_only_a_clip_reward_is_scaled_and_it_is_shifted_only_where_no_episode_ends_early(flags, scale, mean):
+def test_only_a_regularized_reward_is_scaled_and_shifted_only_where_no_episode_ends_early(flags, scale, mean):
     agent, batch = make_agent(**{"normalize_reward": True} | flags)
     agent.reward_stats.mean.fill_(0.5)
     agent.reward_stats.var.fill_(4.0)
@@ -698,7 +698,7 @@ def test_weights_of_another_model_are_one_line(tmp_path):
     assert "size mismatch" in line
 
 
-def test_weights_know_their_activation_and_a_default_is_never_a_surprise():
+def test_weights_know_their_activation_and_a_default_is_never_a_surprise(capsys):
     for name, tag, quick_gelu in (
         ("ViT-L-14", "laion2b_s32b_b82k", False),
         ("ViT-L-14-quickgelu", "openai", True),
@@ -712,6 +712,9 @@ def test_weights_know_their_activation_and_a_default_is_never_a_surprise():
         model = find_clip(name).model
         assert (model["pretrained"], model["force_quick_gelu"]) == (tag, quick_gelu), name
     assert find_clip("ViT-L-14", "openai").model["force_quick_gelu"]
+    assert capsys.readouterr().err == ""
+    find_clip("ViT-L-14", f"{TINY_CLIP}/open_clip_model.safetensors")
+    assert "pixel mean" in capsys.readouterr().err  # of a file of weights nothing is known
 
 
 def test_an_environment_without_frames_is_one_line(tmp_path):

@@ -155,15 +155,15 @@ def test_a_signal_that_comes_while_the_processes_agree_waits_for_the_next_phase(
     assert script.is_stopped(run) and run.stopped == signal.SIGTERM
 
 
-@pytest.mark.parametrize("whom", ["one process", "torchrun", "all, as Slurm does"])
+@pytest.mark.parametrize("whom", ["one process", "torchrun", "all"])
 def test_a_signal_stops_all_processes_with_one_checkpoint(tmp_path, whom):
     script, flags = RUNS["sac"]
     run_dir, endless = tmp_path / "run", dict(total_timesteps=10**6, checkpoint_every=40, anneal_lr=False)
     process = torchrun(2, script, **(COMMON | flags | endless), run_dir=run_dir)
     wait_for(run_dir / "checkpoint.pt", process)
     everyone = processes_below(process.pid)
-    of_its_own = everyone[1]  # the second of torchrun's children
-    for pid in {"one process": [of_its_own], "torchrun": [process.pid]}.get(whom, [process.pid, *everyone]):
+    whose = {"one process": everyone[1:2], "torchrun": [process.pid], "all": [process.pid, *everyone]}
+    for pid in whose[whom]:  # one process: the second of torchrun's own children
         os.kill(pid, signal.SIGTERM)
     assert f"--resume {run_dir}" in failure_of(process)
     assert not running(everyone, seconds=10)

@@ -21,7 +21,7 @@ UNIT_TESTS = {
     "sac": [
         "tests/test_sac_vlmrm.py",
         "-k",
-        "update_matches or targets or n_step or wraps or running_norm or squashed or do_not_depend or clip_reward_is",
+        "update_matches or targets or n_step or wraps or running_norm or squashed or do_not_depend or reward_is_scaled",
     ],
     "ppo": [
         "tests/test_ppo_vlmrm.py",
