@@ -1655,7 +1655,7 @@ def write_video(path, frames, rewards, fps=30):
 
 def slug(text):
     """A sentence as a part of a file's or a curve's name."""
-    return re.sub(r"\W+", "-", text.lower()).strip("-")[:70]  # a file's name may have 255 bytes, a letter 3 or 4
+    return re.sub(r"\W+", "-", text.lower()).strip("-")[:70]  # a file's name may have 255 bytes, a Chinese letter has 3
 
 
 def episode_charts(args, ended, env_rewards, clip_rewards, goal_ids):
