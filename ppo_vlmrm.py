@@ -1523,7 +1523,7 @@ def play(args):
             off = agent.goals[: len(trained)].cpu() - run.saved["agent"]["goals"][: len(trained)]
             if off.square().sum() > 0.05 * off.numel():  # bf16 instead of fp32: 1e-5 with the embedded CLIP
                 raise ValueError("the agent knows its goals by another --clip, --clip-pretrained or --template")
-        agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
+            agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
         charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
     for name, value in charts.items():
         print(f"{name.removeprefix('eval/')}: {value:.2f}")

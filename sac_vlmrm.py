@@ -200,7 +200,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     buffer_size: Count = 1_000_000
     """transitions in the replay buffer"""
     autotune: bool = True
-    """tune the entropy coefficient towards an entropy of minus the number of action dimensions"""
+    """tune the entropy coefficient, each goal's own, towards an entropy of minus the number of action dimensions"""
     ent_coef: Positive = 0.003
     """the entropy coefficient, or where its tuning starts; from 1 it outweighs a CLIP reward for a long time"""
     normalize_obs: bool = True
@@ -537,6 +537,7 @@ class Critic(nn.Module):
 class SAC(nn.Module):
     """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905).
 
+    Each goal has a coefficient of its own, as in Meta-World's multi-task SAC (Yu et al. 2019, arXiv 1910.10897).
     `goals` [G + E, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
     """
 
@@ -551,7 +552,7 @@ class SAC(nn.Module):
         self.actor = Actor(input_dim, action_dim)
         self.critic = Critic(input_dim, action_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(args.ent_coef)))
+        self.log_ent_coef = nn.Parameter(torch.full((len(args.goal),), math.log(args.ent_coef)))  # one a goal
 
     def make_optimizers(self):
         """Adam for the actor, the critic and the entropy coefficient; call it once the agent is on its device."""
@@ -579,7 +580,8 @@ class SAC(nn.Module):
         """
         states = self.inputs(batch["states"], batch["goal_ids"])
         next_states = self.inputs(batch["next_states"], batch["goal_ids"])
-        ent_coef = self.log_ent_coef.detach().exp()
+        ent_coefs = self.log_ent_coef.detach().exp()  # [G]
+        ent_coef = ent_coefs[batch["goal_ids"]]  # [B]
 
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_states)
@@ -599,14 +601,17 @@ class SAC(nn.Module):
         self.critic.requires_grad_(True)
 
         if self.args.autotune:
-            entropy_gap = (log_prob.detach() + self.target_entropy).mean()
-            self.gradient_step("ent_coef", -self.log_ent_coef * entropy_gap)
+            # By the entropy in the states that were visited for the goal: where it was swapped in, little may depend
+            # on its actions, and entropy that is had for nothing there would be missing where there is to explore.
+            gaps = (log_prob.detach() + self.target_entropy) * batch["own"]  # [B]
+            of_goal = batch["goal_ids"] == torch.arange(len(ent_coefs), device=gaps.device)[:, None]  # [G, B]
+            self.gradient_step("ent_coef", -(self.log_ent_coef * (of_goal * gaps).mean(1)).sum())
 
         with torch.no_grad():
             slow, fast = self.critic_target.parameters(), self.critic.parameters()
             torch._foreach_lerp_(list(slow), list(fast), self.args.tau)  # all at once, as Adam's `fused`
-        losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
-        return losses | {"q_values": q.detach().mean(), "ent_coef": ent_coef, "entropy": -log_prob.detach().mean()}
+        losses = {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_values": q.detach().mean()}
+        return losses | {"ent_coef": ent_coefs.mean(), "entropy": -log_prob.detach().mean()}
 
     def scaled_rewards(self, batch):
         """A batch's n-step returns [B], as if a step's reward had a standard deviation of 0.2 and a mean of 0.
@@ -675,7 +680,8 @@ class ReplayBuffer:
     def batches(self, n, batch_size, relabel=0.0):
         """Yields n uniform batches, with replacement: name -> [B, ...].
 
-        A share `relabel` of each gets another goal than it was collected for; rewards [B] are those for `goal_ids` [B].
+        A share `relabel` of each gets another goal than it was collected for, and `own` [B] is False there; rewards [B]
+        are those for `goal_ids` [B].
         """
         # The random numbers of all batches are drawn at once: on a GPU, each draw would be a launch of its own.
         shape, device, n_goals = (n, batch_size, 1), self.rows.device, self.widths[2]
@@ -688,7 +694,8 @@ class ReplayBuffer:
             goal_ids = (goal_ids.long() + other) % n_goals
             batch = {"states": states, "actions": actions, "next_states": next_states}
             batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
-            yield batch | {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
+            batch |= {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
+            yield batch | {"own": other.squeeze(1) == 0}
 
 
 # ---------------------------------------------------------------- training
@@ -1692,7 +1699,7 @@ def play(args):
             off = agent.goals[: len(trained)].cpu() - run.saved["agent"]["goals"][: len(trained)]
             if off.square().sum() > 0.05 * off.numel():  # bf16 instead of fp32: 1e-5 with the embedded CLIP
                 raise ValueError("the agent knows its goals by another --clip, --clip-pretrained or --template")
-        agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
+            agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
         charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
     for name, value in charts.items():
         print(f"{name.removeprefix('eval/')}: {value:.2f}")

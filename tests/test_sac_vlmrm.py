@@ -236,10 +236,12 @@ def test_running_norm_is_the_mean_and_deviation_of_all_batches():
 
 def make_agent(dtype=torch.float32, **flags):
     torch.manual_seed(0)
-    flags = dict(normalize_reward=False) | flags
-    agent = SAC(Args(learning_rate=1e-3, gamma=0.9, tau=0.1, **flags), 3, gym.spaces.Box(-1, 1, (2,))).to(dtype)
-    agent.make_optimizers()
+    args = Args(learning_rate=1e-3, gamma=0.9, tau=0.1, **dict(normalize_reward=False) | flags)
     rng = np.random.default_rng(0)
+    n_goals = len(args.goal)
+    goals = torch.tensor(rng.normal(size=(n_goals, 4))) if n_goals > 1 else None
+    agent = SAC(args, 3, gym.spaces.Box(-1, 1, (2,)), goals).to(dtype)
+    agent.make_optimizers()
     batch = dict(
         states=rng.normal(size=(16, 3)),
         actions=rng.uniform(-1, 1, (16, 2)),
@@ -248,11 +250,15 @@ def make_agent(dtype=torch.float32, **flags):
         discounts=0.9 * rng.integers(0, 2, 16),
     )
     batch = {name: torch.tensor(value, dtype=dtype) for name, value in batch.items()}
-    return agent, batch | {"goal_ids": torch.zeros(16, dtype=torch.int64)}
+    own = torch.tensor(rng.random(16) < 0.5) if n_goals > 1 else torch.ones(16, dtype=torch.bool)
+    return agent, batch | {"goal_ids": torch.tensor(rng.integers(n_goals, size=16)), "own": own}
 
 
 def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
-    """SAC from Haarnoja et al.'s equations with torch.distributions, its own loops and unfused Adam."""
+    """SAC from Haarnoja et al.'s equations with torch.distributions, its own loops and unfused Adam.
+
+    Each goal has an entropy coefficient, tuned by the states that were visited for that goal.
+    """
     actor, q1, q2, target1, target2 = nets
     normal, tanh = torch.distributions.Normal, torch.distributions.transforms.TanhTransform
 
@@ -266,7 +272,7 @@ def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
     def q(net, states, actions):
         return net(torch.cat([states, actions], 1))[:, 0]
 
-    ent_coef = log_ent_coef.exp().item()
+    ent_coef = torch.stack([log_ent_coef.detach()[goal].exp() for goal in batch["goal_ids"]])
     with torch.no_grad():
         action, log_prob = policy(batch["next_states"])
         value = (
@@ -284,7 +290,9 @@ def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
     for p, grad in zip(actor.parameters(), torch.autograd.grad(loss, list(actor.parameters())), strict=True):
         p.grad = grad
     optimizers["actor"].step()
-    log_ent_coef.grad = -(log_prob.detach() - 2.0).mean()  # the target entropy is minus two action dimensions
+    log_ent_coef.grad = torch.zeros_like(log_ent_coef)
+    for goal, own, log_p in zip(batch["goal_ids"], batch["own"], log_prob.detach(), strict=True):
+        log_ent_coef.grad[goal] -= own * (log_p - 2.0) / 16  # the target entropy is minus two action dimensions
     optimizers["ent_coef"].step()
     with torch.no_grad():
         for net, slow in ((q1, target1), (q2, target2)):
@@ -292,9 +300,10 @@ def reference_update(nets, log_ent_coef, optimizers, batch, gamma, tau):
                 s.copy_(tau * p + (1 - tau) * s)
 
 
+@pytest.mark.parametrize("goals", [("left",), ("left", "right", "up")])
 @pytest.mark.parametrize("normalize_reward", [False, True])
-def test_update_matches_an_independent_implementation(normalize_reward):
-    agent, batch = make_agent(torch.float64, normalize_reward=normalize_reward)
+def test_update_matches_an_independent_implementation(normalize_reward, goals):
+    agent, batch = make_agent(torch.float64, normalize_reward=normalize_reward, goal=goals)
     agent.reward_stats.mean.fill_(0.5)
     agent.reward_stats.var.fill_(4.0)
     reference = copy.deepcopy(agent)
@@ -307,6 +316,8 @@ def test_update_matches_an_independent_implementation(normalize_reward):
     }
     optimizers = {name: torch.optim.Adam(group, 1e-3, fused=False, foreach=False) for name, group in groups.items()}
     expected = dict(batch)
+    for name in ("states", "next_states"):
+        expected[name] = torch.cat([batch[name], agent.goals[batch["goal_ids"]]], 1)
     if normalize_reward:  # 10 rewards of 0.5 before a discount of 0, one before a discount of 0.9
         steps = torch.where(batch["discounts"] == 0.0, 10.0, 1.0)
         expected["rewards"] = (batch["rewards"] - 0.5 * steps) / 2.0 * 0.2

@@ -765,6 +765,7 @@ def test_updates_are_those_owed_on_batches_of_what_was_asked_for(recording, case
                 assert_close(batch["next_states"][i], there.next_states[last, n])
                 assert_close(batch["discounts"][i], discount)
                 swapped.append(goal != there.goal_ids[t, n])
+                assert batch["own"][i] != swapped[-1]
                 further.add((goal - there.goal_ids[t, n]) % len(args.goal))
                 phases_seen.add((phase, of_phase))
     assert owed > 5

@@ -91,8 +91,11 @@ ppo | shifted where episodes end early | "env") and not self.args.early_terminat
 sac | tau is hard-coded | list(fast), self.args.tau) => list(fast), 0.005)
 sac | entropy is a cost | - ent_coef * next_log_prob => + ent_coef * next_log_prob
 sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
-sac | the coefficient is tuned away | -self.log_ent_coef * entropy_gap => self.log_ent_coef * entropy_gap
-sac | the coefficient starts at 1 | torch.tensor(math.log(args.ent_coef)) => torch.tensor(0.0)
+sac | the coefficient is tuned away | -(self.log_ent_coef * => (self.log_ent_coef *
+sac | entropy of swapped goals counts | * batch["own"]  # [B] => * 1.0  # [B]
+sac | one entropy for all goals | (of_goal * gaps).mean(1) => gaps.mean()
+sac | all rows are their own goal's | other.squeeze(1) == 0 => other.squeeze(1) >= 0
+sac | the coefficient starts at 1 | math.log(args.ent_coef))) => 0.0))
 sac | what n steps reach counts too much | gamma ** (k + 1) => gamma**k
 sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[:-k] &= True
 sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
