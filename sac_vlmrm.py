@@ -690,12 +690,12 @@ class ReplayBuffer:
         others *= torch.rand(shape, device=device) < relabel
         for index, other in zip(indices, others, strict=True):
             rows = self.rows[index.squeeze(1)].split(self.widths, 1)
-            states, actions, rewards, next_states, discounts, goal_ids = rows
-            goal_ids = (goal_ids.long() + other) % n_goals
+            states, actions, rewards, next_states, discounts, pursued = rows
+            goal_ids = (pursued.long() + other) % n_goals
             batch = {"states": states, "actions": actions, "next_states": next_states}
             batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
             batch |= {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
-            yield batch | {"own": other.squeeze(1) == 0}
+            yield batch | {"own": (goal_ids == pursued).squeeze(1)}
 
 
 # ---------------------------------------------------------------- training

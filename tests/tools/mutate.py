@@ -94,7 +94,7 @@ sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
 sac | the coefficient is tuned away | -(self.log_ent_coef * => (self.log_ent_coef *
 sac | entropy of swapped goals counts | * batch["own"]  # [B] => * 1.0  # [B]
 sac | one entropy for all goals | (of_goal * gaps).mean(1) => gaps.mean()
-sac | all rows are their own goal's | other.squeeze(1) == 0 => other.squeeze(1) >= 0
+sac | all rows are their own goal's | (goal_ids == pursued) => (goal_ids >= 0)
 sac | the coefficient starts at 1 | math.log(args.ent_coef))) => 0.0))
 sac | what n steps reach counts too much | gamma ** (k + 1) => gamma**k
 sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[:-k] &= True
