@@ -200,7 +200,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     buffer_size: Count = 1_000_000
     """transitions in the replay buffer"""
     autotune: bool = True
-    """tune the entropy coefficient, each goal's own, towards an entropy of minus the number of action dimensions"""
+    """tune each goal's entropy coefficient towards an entropy of minus the number of action dimensions in the states
+    that were visited for it, of which --relabel 1 leaves none"""
     ent_coef: Positive = 0.003
     """the entropy coefficient, or where its tuning starts; from 1 it outweighs a CLIP reward for a long time"""
     normalize_obs: bool = True

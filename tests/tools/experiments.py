@@ -75,8 +75,10 @@ def draw(table, by, path):
             x = rows[by] if pd.api.types.is_numeric_dtype(table[by]) else rows[by].astype(str)
             axes.plot(x, rows[column], "o", alpha=0.8, label=task)
         axes.set(xlabel=by, ylabel={"success": "successful episodes", "EPIC": "EPIC distance"}[column])
-        axes.set_ylim((-0.03, 1.03) if column == "success" else (0, None))
-    axes.legend(fontsize=7)
+        axes.set_ylim((-0.03, 1.03) if column == "success" else (-0.02, 0.76))
+        axes.legend(fontsize=7)
+    axes.axhline(0.5**0.5, color="gray", linestyle=":")
+    axes.text(axes.get_xlim()[0], 0.5**0.5, " unrelated", va="bottom", fontsize=7)
     figure.savefig(path, dpi=110)
 
 
