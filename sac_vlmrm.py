@@ -538,7 +538,8 @@ class Critic(nn.Module):
 class SAC(nn.Module):
     """Soft actor-critic with two critics and a tuned entropy coefficient (Haarnoja et al. 2018, arXiv 1812.05905).
 
-    Each goal has a coefficient of its own, as in Meta-World's multi-task SAC (Yu et al. 2019, arXiv 1910.10897).
+    Each goal has a coefficient of its own, as each task in Meta-World's multi-task SAC (Yu et al. 2019, arXiv
+    1910.10897), but tuned by the states that were visited for the goal alone, since --relabel swaps others in.
     `goals` [G + E, D] is what it sees of each goal beside the state, from `goal_inputs`; None is one goal, unseen.
     """
 
@@ -694,9 +695,8 @@ class ReplayBuffer:
             states, actions, rewards, next_states, discounts, pursued = rows
             goal_ids = (pursued.long() + other) % n_goals
             batch = {"states": states, "actions": actions, "next_states": next_states}
-            batch["rewards"] = rewards.gather(1, goal_ids).squeeze(1)
-            batch |= {"discounts": discounts.squeeze(1), "goal_ids": goal_ids.squeeze(1)}
-            yield batch | {"own": (goal_ids == pursued).squeeze(1)}
+            batch |= {"rewards": rewards.gather(1, goal_ids).squeeze(1), "discounts": discounts.squeeze(1)}
+            yield batch | {"goal_ids": goal_ids.squeeze(1), "own": (goal_ids == pursued).squeeze(1)}
 
 
 # ---------------------------------------------------------------- training

@@ -77,7 +77,7 @@ def draw(table, by, path):
         axes.set(xlabel=by, ylabel={"success": "successful episodes", "EPIC": "EPIC distance"}[column])
         axes.set_ylim((-0.03, 1.03) if column == "success" else (-0.02, 0.76))
         axes.legend(fontsize=7)
-    axes.axhline(0.5**0.5, color="gray", linestyle=":")
+    axes.axhline(0.5**0.5, color="gray", linestyle=":")  # on those of the EPIC distance, the last ones
     axes.text(axes.get_xlim()[0], 0.5**0.5, " unrelated", va="bottom", fontsize=7)
     figure.savefig(path, dpi=110)
 
