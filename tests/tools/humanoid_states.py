@@ -54,7 +54,8 @@ def main(paths):
     posed += [noised(rng, missed[rng.integers(len(missed))], 0.05) for _ in range(n - len(posed))]
     way = [between(rng, every[rng.integers(len(every))], every[rng.integers(len(every))]) for _ in range(n)]
     visited = [np.load(path)["qpos"].reshape(-1, 24) for path in paths]
-    visited += list(np.load(ROOT / "tests" / "tiny_clip" / "agent_states.npz").values())
+    saved = np.load(ROOT / "tests" / "tiny_clip" / "agent_states.npz")
+    visited += [saved[name] for name in ("search", "agents", "held_out")]
     agents = [states[rng.integers(len(states))] for states in visited for _ in range(-(-n // len(visited)))][:n]
     qpos = np.float32([*posed, *way, *agents])[:, None]  # [episodes, 1, nq]
     qpos[..., :2] = 0.0  # where on the floor does not matter
