@@ -55,7 +55,7 @@ def main(paths):
     way = [between(rng, every[rng.integers(len(every))], every[rng.integers(len(every))]) for _ in range(n)]
     visited = [np.load(path)["qpos"].reshape(-1, 24) for path in paths]
     saved = np.load(ROOT / "tests" / "tiny_clip" / "agent_states.npz")
-    visited += [saved[name] for name in ("search", "agents", "held_out")]
+    visited += [saved[name] for name in ("search", "agents", "held_out")]  # not `next`: it was added later
     agents = [states[rng.integers(len(states))] for states in visited for _ in range(-(-n // len(visited)))][:n]
     qpos = np.float32([*posed, *way, *agents])[:, None]  # [episodes, 1, nq]
     qpos[..., :2] = 0.0  # where on the floor does not matter
