@@ -494,12 +494,12 @@ class Body:
         self.feet_at = pair("geom", "foot")
         self.soles = self.feet_at[:, 2] - model.geom("left_foot").size[0]  # their heights; a foot is a sphere
         self.feet = seen_from(pelvis, self.feet_at)
-        # How far they point to their own side: 0 straight down or ahead, 1 sideways. Legs along the floor: in the side
-        # splits the pelvis may roll, so that one leg points down along its own axes and the other up.
-        outwards = np.outer((1, -1), pelvis.xmat[1::3])  # the pelvis's own left, and right
-        self.thighs_out = ((shins - thighs) * outwards).sum(1) / np.linalg.norm(shins - thighs, axis=1)
+        # How far they point to their own side: 0 straight down or ahead, 1 sideways. The side is the chest's, level with
+        # the floor: a pelvis that rolls or turns below the chest changes its own axes much and the picture little.
+        outwards = np.outer((1, -1), torso.xmat[1::3])  # the chest's own left, and right
         outwards[:, 2] = 0.0
         outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
+        self.thighs_out = ((shins - thighs) * outwards).sum(1) / np.linalg.norm(shins - thighs, axis=1)
         self.legs_out = ((self.feet_at - thighs) * outwards).sum(1) / np.linalg.norm(self.feet_at - thighs, axis=1)
 
         self.hands_at = pair("geom", "hand")
@@ -526,8 +526,8 @@ def kneeling(model, data):
 def lotus(model, data):
     """The seat below 0.1 m, torso up-axis above 0.7, knees below 0.3 m, thighs out by 30 degrees, feet in.
 
-    The joints' limits keep the knees of a folded leg 0.18 to 0.28 m up. Feet in: knees bent by 90 degrees or more, and
-    each foot within 0.2 m of the body's middle plane and 0.4 m of the pelvis.
+    The joints' limits keep the knees of a folded leg 0.18 to 0.28 m up. Thighs out: to the chest's own sides. Feet in:
+    knees bent by 90 degrees or more, and each foot within 0.2 m of the pelvis's middle plane and 0.4 m of the pelvis.
     """
     body = Body(model, data)
     seated = body.grounded and body.seat < 0.1 and body.up > 0.7
@@ -552,8 +552,8 @@ def arms_raised(model, data):
 def splits(model, data):
     """The seat below 0.1 m, torso up-axis above 0.5, legs low, straight and sideways.
 
-    Low: soles below 0.15 m. Straight: knees bent by less than 45 degrees. Sideways: each leg points to its own side,
-    seen from above, by 45 degrees or more; 63 is the joints' limit while the pelvis is level.
+    Low: soles below 0.15 m. Straight: knees bent by less than 45 degrees. Sideways: each leg points to the chest's own
+    side by 45 degrees or more; 63 is the joints' limit while the pelvis is level and straight below the chest.
     """
     body = Body(model, data)
     seated = body.grounded and body.seat < 0.1 and body.up > 0.5

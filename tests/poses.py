@@ -156,6 +156,10 @@ POSED = {  # task: states that meet its criterion, states that miss it
             "from the side": pose(LOTUS, pitch=-8, abdomen=-75, arm="lap", heading=80),
             "leaning": pose(LOTUS, pitch=-4, abdomen=-72, tip=(4, 0), arm="knees"),
             "uneven": pose((0, -60, -55, -150), (-5, -58, -60, -143), pitch=-8, abdomen=-75, arm="knees"),
+            "an agent's, the pelvis turned below the chest": joints(
+                (0.951, -0.212, -0.086, 0.208),
+                (-45, -75, -35, -25, -62, 6, -150, -25, -62, -111, -161, -16, -85, -28, -44, 85, 50),
+            ),
         },
         {
             "in the air": pose(LOTUS, pitch=-8, abdomen=-75, lift=0.15, arm="knees"),
@@ -204,9 +208,9 @@ POSED = {  # task: states that meet its criterion, states that miss it
             "from behind": pose(SPLITS, pitch=-3, abdomen=-14, heading=180),
             "knees a little bent": pose((-25, -60, -72, -20), pitch=-3, abdomen=-14),
             "uneven": pose(SPLITS, (-22, -55, -65, -9), pitch=-3, abdomen=-14),
-            "an agent's, the pelvis rolled": joints(
-                (0.906, 0.037, -0.09, -0.412),
-                (45, 30, 35, -25, -61, -109, 0, -24, 36, 21, -9, 43, -79, 50, -38, 37, 50),
+            "an agent's, the pelvis turned below the chest": joints(
+                (0.924, 0.032, -0.115, -0.362),
+                (45, 23, -35, -25, 37, 22, -7, -19, -45, -110, 0, 62, 60, 50, 85, 81, -90),
             ),
         },
         {
@@ -225,6 +229,10 @@ POSED = {  # task: states that meet its criterion, states that miss it
             "chest to the floor": pose((-25, -60, -80, -30), pitch=62, abdomen=-75, arm="sideways"),
             "only the knees bent": pose((-25, -60, -90, -75), pitch=-3, abdomen=-14, arm="sideways"),
             "only one leg sideways": pose(SPLITS, (0, 0, -70, -40), pitch=-20, abdomen=-20, arm="sideways"),
+            "an agent's, along a diagonal": joints(  # of the chest; of the pelvis sideways by 52 and 48 degrees
+                (0.906, 0.037, -0.09, -0.412),
+                (45, 30, 35, -25, -61, -109, 0, -24, 36, 21, -9, 43, -79, 50, -38, 37, 50),
+            ),
         },
     ),
     "hands-on-hips": arms_of(
