@@ -494,8 +494,8 @@ class Body:
         self.feet_at = pair("geom", "foot")
         self.soles = self.feet_at[:, 2] - model.geom("left_foot").size[0]  # their heights; a foot is a sphere
         self.feet = seen_from(pelvis, self.feet_at)
-        # How far they point to their own side: 0 straight down or ahead, 1 sideways. The side is the chest's, seen from
-        # above: a pelvis that rolls or turns below the chest changes its own axes much and the picture little.
+        # How far they point to their own side: 0 straight down or ahead, 1 sideways. The side is the chest's, along the
+        # floor: a pelvis that rolls or turns below the chest changes its own axes much and the picture little.
         outwards = np.outer((1, -1), torso.xmat[1::3])  # the chest's own left, and right
         outwards[:, 2] = 0.0
         outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
