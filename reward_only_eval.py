@@ -37,7 +37,6 @@ import re
 import shlex
 import sys
 import time
-import urllib.request
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,7 +95,7 @@ class Args:
     """graded labels above this are the goal state (default: what needs a goal state is left out for graded labels)"""
     sweep: tuple[str, ...] = ()
     """lines of states: a task's name (standing to its pose), `pole`, or JOINT:FROM:TO of --env-id (radians, meters)"""
-    sweep_points: bounded(int, 2) = 101
+    sweep_points: bounded(int, ">=2", lambda value: value >= 2) = 101
     """states of a sweep"""
     task: str | None = None
     """labels states: kneeling, lotus, standing, arms-raised, splits, hands-on-hips, arms-crossed, one-leg, pole; `all`
@@ -212,7 +211,7 @@ class CLIP:
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
                 self.model = None
                 self.load(source, "bf16")  # these weights overflow in fp16
-        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+        self.temperature = 1.0 / self.model.logit_scale.float().exp().item()  # of the softmax that it was trained with
 
     def load(self, source, precision):
         """Loads the model in "fp32", "bf16" or "fp16"."""
@@ -285,20 +284,12 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_comPos(self.model, self.data)  # for lights that follow a center of mass
-        mujoco.mj_camlight(self.model, self.data)
-        mujoco.mj_tendon(self.model, self.data)
+        mujoco.mj_fwdKinematics(self.model, self.data)  # all that is drawn, lights and tendons too
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
-
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
 
 
 # ---------------------------------------------------------------- states and their frames
@@ -450,8 +441,6 @@ def encode(sources, xml_path, models, args):
                     embeddings[i].append(model.encode_images(frames).cpu())
                     seconds[i] += time.perf_counter() - start
             progress.update(len(frames))
-        if render:
-            render.close()
     progress.close()
     embeddings = [torch.cat(parts) for parts in embeddings]
     return embeddings, [len(embedded) / spent for embedded, spent in zip(embeddings, seconds, strict=True)]
@@ -970,11 +959,12 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     """
     is_dir = Path(clip).is_dir()
     is_hub = clip.startswith("hf-hub:")
-    try:  # without a network the hub's client would try each file that is not cached for half a minute
-        if not is_dir:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
-    except OSError as error:
-        huggingface_hub.constants.HF_HUB_OFFLINE |= not isinstance(error, urllib.request.HTTPError)  # an answer
+    hub = huggingface_hub.constants
+    if not (is_dir or hub.HF_HUB_OFFLINE):
+        try:  # without a network the hub's client would try each file that is not cached for half a minute
+            huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5)
+        except Exception:  # of whichever library it uses
+            hub.HF_HUB_OFFLINE = True
     if is_dir or is_hub:
         if pretrained:
             raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
@@ -987,7 +977,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     else:
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-        if not tags:
+        if architecture is None or not (tags or pretrained):
             near = difflib.get_close_matches(name, {known for known, _ in open_clip.list_pretrained()}, cutoff=0.4)
             known = f"open_clip.list_pretrained() has those with weights, such as {', '.join(near or ['ViT-L-14'])}"
             raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
@@ -1012,6 +1002,8 @@ def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
         words = prompt.split()
+        if not torch.equal(tokenizer([f"{prompt} robot"]), tokenizer([prompt])):
+            continue  # there was room for another word
         while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
             words.pop()
         if len(words) < len(prompt.split()):
@@ -1149,9 +1141,7 @@ def load(args):
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
         if xml_path:  # a missing EGL is an error now, before the models are loaded
-            render = SceneRenderer(xml_path, (64, 64), **scene_of(args))
-            render(sources[0].qpos[0])
-            render.close()
+            SceneRenderer(xml_path, (64, 64), **scene_of(args))(sources[0].qpos[0])
         models = load_models(args)
         tags = ["" if tag == "default" else f" {tag}" for tag in args.clip_pretrained] or [""] * len(args.clip)
         args.clip = tuple(clip + tag for clip, tag in zip(args.clip, tags, strict=True))  # from here on names to show
@@ -1437,8 +1427,6 @@ def plot_contact_sheet(variant, sources, frames, xml_path, args, columns=8):
                 label = "" if np.isnan(frame.label) else f"   label {frame.label:g}"
                 place = "sweep" if frame.kind == "sweep" else f"episode {frame.episode}"
                 ax.set_title(f"{frame.reward:+.4f}{label}\n{place}, step {frame.step}", fontsize=7)
-    if render:
-        render.close()
     return figure
 
 
@@ -1567,27 +1555,23 @@ def read_flags():
     return args
 
 
-def bounded(kind, low, high=math.inf, above=False):
-    """The type of a flag: an int or float in [low, high], or in (low, high] if `above`; tyro words what is outside."""
-    text = f"{'>' if above else '>='}{low}" + (f", <={high}" if high < math.inf else "")
+def bounded(kind, text, fits):
+    """The type of a flag: an int or float that `fits`; of any other tyro says that it must be as in `text`."""
 
     def parse(words):
         value = kind(words[0])
-        if not (low < value if above else low <= value) or not value <= high:
+        if not fits(value):
             raise ValueError(f"must be {text}")
         return value
 
-    def is_instance(value):
-        return isinstance(value, (int, kind))
-
-    metavar = f"{kind.__name__.upper()} {text}"
-    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_instance, lambda value: [str(value)])]
+    metavar, is_given = f"{kind.__name__.upper()} {text}", lambda value: value is not None
+    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_given, lambda value: [str(value)])]
 
 
-Count = bounded(int, 1)
-Natural = bounded(int, 0)
-Positive = bounded(float, 0, above=True)
-Share = bounded(float, 0, 1)
+Count = bounded(int, ">=1", lambda value: value >= 1)
+Natural = bounded(int, ">=0", lambda value: value >= 0)
+Positive = bounded(float, ">0", lambda value: value > 0)
+Share = bounded(float, ">=0, <=1", lambda value: 0 <= value <= 1)
 
 
 if __name__ == "__main__":

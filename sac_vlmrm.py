@@ -39,7 +39,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -289,7 +288,7 @@ class CLIP:
             if not torch.cat([self.encode_images(noise), self.encode_text(["a robot"])]).isfinite().all():
                 self.model = None
                 self.load(source, "bf16")  # these weights overflow in fp16
-        self.temperature = 1.0 / self.model.logit_scale.exp().item()  # of the softmax that it was trained with
+        self.temperature = 1.0 / self.model.logit_scale.float().exp().item()  # of the softmax that it was trained with
 
     def load(self, source, precision):
         """Loads the model in "fp32", "bf16" or "fp16"."""
@@ -461,11 +460,6 @@ class RenderedEnv(gym.Wrapper):
     def drawn_by(self):
         """OpenGL's name of what draws MuJoCo's frames, or None."""
         return GL.glGetString(GL.GL_RENDERER).decode() if self.renderer else None
-
-    def close(self):
-        if self.renderer:
-            self.renderer.close()
-        super().close()
 
 
 # ---------------------------------------------------------------- the networks and SAC
@@ -962,11 +956,12 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     """
     is_dir = Path(clip).is_dir()
     is_hub = clip.startswith("hf-hub:")
-    try:  # without a network the hub's client would try each file that is not cached for half a minute
-        if not is_dir:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
-    except OSError as error:
-        huggingface_hub.constants.HF_HUB_OFFLINE |= not isinstance(error, urllib.request.HTTPError)  # an answer
+    hub = huggingface_hub.constants
+    if not (is_dir or hub.HF_HUB_OFFLINE):
+        try:  # without a network the hub's client would try each file that is not cached for half a minute
+            huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5)
+        except Exception:  # of whichever library it uses
+            hub.HF_HUB_OFFLINE = True
     if is_dir or is_hub:
         if pretrained:
             raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
@@ -979,7 +974,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     else:
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-        if not tags:
+        if architecture is None or not (tags or pretrained):
             near = difflib.get_close_matches(name, {known for known, _ in open_clip.list_pretrained()}, cutoff=0.4)
             known = f"open_clip.list_pretrained() has those with weights, such as {', '.join(near or ['ViT-L-14'])}"
             raise ValueError(f"--clip {clip}: neither a directory nor an open_clip architecture; {known}")
@@ -1011,6 +1006,8 @@ def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
         words = prompt.split()
+        if not torch.equal(tokenizer([f"{prompt} robot"]), tokenizer([prompt])):
+            continue  # there was room for another word
         while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
             words.pop()
         if len(words) < len(prompt.split()):
@@ -1097,20 +1094,12 @@ class SceneRenderer:
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
             self.renderer = mujoco.Renderer(self.model, *self.size)
         self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_comPos(self.model, self.data)  # for lights that follow a center of mass
-        mujoco.mj_camlight(self.model, self.data)
-        mujoco.mj_tendon(self.model, self.data)
+        mujoco.mj_fwdKinematics(self.model, self.data)  # all that is drawn, lights and tendons too
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
         offset = (*self.data.xpos[1][:2], 0.0) if follow else (0.0, 0.0, 0.0)
         self.camera.lookat[:] = np.add(self.lookat, offset)
         self.renderer.update_scene(self.data, self.camera)
         return self.renderer.render()
-
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-            self.renderer = None
 
 
 # ---- worker processes and signals
@@ -1217,18 +1206,8 @@ def process_group():
     """Context in which the processes can talk to each other, and which none leaves before rank 0 does."""
     dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while rank 0 updates
     yield
-    with one_of_many():
-        dist.barrier()
+    dist.barrier()
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def one_of_many():
-    """Context of a message between the processes; RunError if one of them is no longer there."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RunError("another process of this run has ended, see its message") from error
 
 
 class ShardedEnvs:
@@ -1264,8 +1243,7 @@ def gather(value):
     """The values of all processes in rank 0, in their order; an empty list in the others."""
     values = [value] * WORLD if RANK == 0 else []
     if WORLD > 1:
-        with one_of_many():
-            dist.gather_object(value, values or None)
+        dist.gather_object(value, values or None)
     return values
 
 
@@ -1273,28 +1251,25 @@ def gather_columns(run, *arrays):
     """Fills rank 0's arrays [T, N, ...] with the columns of the other processes' environments."""
     if WORLD > 1:
         arrays = [torch.as_tensor(array) for array in arrays]  # which shares a numpy array's memory
-        parts = gather([array[:, run.mine].cpu() for array in arrays])
+        parts = gather([array[:, run.mine].cpu().clone() for array in arrays])  # pickle writes all that a view is of
         for i, array in enumerate(arrays if parts else ()):
             array.copy_(torch.cat([part[i] for part in parts], 1))
 
 
 def share_agent(agent):
-    """Gives rank 0's agent, its networks and statistics, to the other processes, as one flat tensor."""
+    """Gives rank 0's agent, its networks and statistics, to the other processes."""
     if WORLD > 1:
-        tensors = list(agent.state_dict().values())
-        flat = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()
-        with one_of_many():
-            dist.broadcast(flat, 0)
-        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        for tensor in agent.state_dict().values():
+            values = tensor.cpu()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
 
 
 def is_stopped(run):
     """Whether a signal has come, to whichever process; all learn of it at the same place."""
     number = torch.tensor(max(run.stopped_by, default=0))
     if WORLD > 1:
-        with one_of_many():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
     run.stopped = number.item()  # what has come since, the others do not know of yet: it is for the next phase
     return run.stopped > 0
 
@@ -1381,11 +1356,17 @@ def start_run(args):
                 warn_of_rewards(args, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
+                if args.resume:
+                    off = run.goal_embeddings.cpu() - run.saved["goal_embeddings"]
+                    if off.square().sum() > 0.05 * len(off):  # bf16 instead of fp32: 1e-5 with the embedded CLIP
+                        raise ValueError(f"{args.clip} or an image of a goal has changed since this run was started")
                 drop_text_tower(run.reward.clip.model)
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
             if RANK == 0:
                 if not run.dir:
-                    run.dir = make_run_dir(args)
+                    about = (re.sub("[/:]", "-", args.env_id), Path(__file__).stem, args.seed, time.time_ns() // 10**6)
+                    run.dir = args.run_dir or Path("runs") / "__".join(map(str, about))
+                    run.dir.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock_run_dir(run.dir))
                 for name in ("videos", "rollouts"):
                     (run.dir / name).mkdir(exist_ok=True)
@@ -1395,19 +1376,6 @@ def start_run(args):
     if run.stopped:
         note(f"stopped; go on with --resume {run.dir}")
         sys.exit(128 + run.stopped)
-
-
-def make_run_dir(args):
-    """Makes the folder of a new run: no two get the same one, even if they start in the same second."""
-    if args.run_dir:
-        args.run_dir.mkdir(parents=True, exist_ok=True)
-        return args.run_dir
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
 
 
 def lock_run_dir(folder):
@@ -1452,8 +1420,8 @@ def save_checkpoint(run, name, agent, **progress):
     run.writer.flush()
     optimizers = {key: optimizer.state_dict() for key, optimizer in agent.optimizers.items()}
     content = io.BytesIO()
-    made_by = {"versions": VERSIONS, "clip_precision": run.reward.clip.precision if run.reward else None}
-    torch.save({**progress, **made_by, "agent": agent.state_dict(), "optimizers": optimizers}, content)
+    made_with = {"versions": VERSIONS, "goal_embeddings": run.goal_embeddings.cpu()}
+    torch.save({**progress, **made_with, "agent": agent.state_dict(), "optimizers": optimizers}, content)
     replace_file(run.dir / name, content.getbuffer())
 
 
@@ -1465,10 +1433,6 @@ def replace_file(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)  # or a power cut may undo the replacing
-        os.close(folder)
 
 
 def load_checkpoint(path):
@@ -1604,7 +1568,6 @@ def evaluate(args, run, agent, goal_id, seeds):
     if args.video and "qpos" in result:
         render = SceneRenderer(envs.get_attr("xml_path")[0], (480, 480), **scene_of(args))
         film = [render(qpos) for qpos in result["qpos"][0, : result["lengths"][0]]]
-        render.close()
     return {**result, "pixels": shown, "film": film}
 
 
@@ -1698,7 +1661,7 @@ def play(args):
         agent = make_agent(args, run)
         with one_line_errors(args.traceback):
             off = agent.goals[: len(trained)].cpu() - run.saved["agent"]["goals"][: len(trained)]
-            if off.square().sum() > 0.05 * off.numel():  # bf16 instead of fp32: 1e-5 with the embedded CLIP
+            if off.square().sum() > 0.05 * off.numel():
                 raise ValueError("the agent knows its goals by another --clip, --clip-pretrained or --template")
             agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
         charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
@@ -1807,27 +1770,23 @@ def parse_args():
         return args
 
 
-def bounded(kind, low, high=math.inf, above=False):
-    """The type of a flag: an int or float in [low, high], or in (low, high] if `above`; tyro words what is outside."""
-    text = f"{'>' if above else '>='}{low}" + (f", <={high}" if high < math.inf else "")
+def bounded(kind, text, fits):
+    """The type of a flag: an int or float that `fits`; of any other tyro says that it must be as in `text`."""
 
     def parse(words):
         value = kind(words[0])
-        if not (low < value if above else low <= value) or not value <= high:
+        if not fits(value):
             raise ValueError(f"must be {text}")
         return value
 
-    def is_instance(value):
-        return isinstance(value, (int, kind))
-
-    metavar = f"{kind.__name__.upper()} {text}"
-    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_instance, lambda value: [str(value)])]
+    metavar, is_given = f"{kind.__name__.upper()} {text}", lambda value: value is not None
+    return Annotated[kind, PrimitiveConstructorSpec(1, metavar, parse, is_given, lambda value: [str(value)])]
 
 
-Count = bounded(int, 1)
-Natural = bounded(int, 0)
-Positive = bounded(float, 0, above=True)
-Share = bounded(float, 0, 1)
+Count = bounded(int, ">=1", lambda value: value >= 1)
+Natural = bounded(int, ">=0", lambda value: value >= 0)
+Positive = bounded(float, ">0", lambda value: value > 0)
+Share = bounded(float, ">=0, <=1", lambda value: 0 <= value <= 1)
 
 
 if __name__ == "__main__":

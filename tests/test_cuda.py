@@ -1,5 +1,7 @@
 """What a GPU must do as a CPU does; skipped where there is none, as on the machine of the continuous integration."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_a_run_draws_on_the_gpu_learns_there_and_resumes_exactly(script, tmp_pat
     result = run(script, **flags, total_timesteps=320, run_dir=whole)
     assert result.returncode == 0, result.stderr
     assert "frames are drawn by NVIDIA" in result.stderr
-    assert load(whole)["clip_precision"] == "fp16"
+    assert json.loads((whole / "args.json").read_text())["clip_precision"] == "fp16"
     assert {value.device.type for value in load(whole)["agent"].values()} == {"cuda"}
     for where in (dict(flags, total_timesteps=160, run_dir=part), dict(total_timesteps=320, resume=part)):
         result = run(script, **where)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from sac_vlmrm import CLIP, drop_text_tower, find_clip
+from sac_vlmrm import CLIP, check_prompts, drop_text_tower, find_clip
 
 PROMPTS = ["a humanoid robot kneeling", "a Humanoid robot, lying on its back", "pole and cart"]
 VIT = dict(width=64, head_width=32, layers=2)
@@ -142,6 +142,22 @@ def test_auto_is_half_precision_on_a_gpu_or_bf16_where_that_overflows(tmp_path, 
     clip = CLIP(find_clip(str(tmp_path)), "cpu")
     assert clip.precision == "bf16" and torch.bfloat16 in {p.dtype for p in clip.model.parameters()}
     assert CLIP(find_clip(str(tmp_path)), "cpu", precision="fp16").precision == "fp16"  # as it was asked for
+
+
+def test_only_prompts_that_the_context_cuts_are_too_long():
+    tokenizer = open_clip.SimpleTokenizer(context_length=16, clean="canonicalize")  # as SigLIP's it deletes punctuation
+    check_prompts(tokenizer, ["a robot that is kneeling .", "a robot " * 7])  # 14 words, beside the start and the end
+    with pytest.raises(ValueError, match='nothing after "robot"'):
+        check_prompts(tokenizer, ["a robot " * 7 + "that is kneeling"])
+
+
+def test_a_file_may_hold_the_weights_of_an_architecture_that_open_clip_has_none_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "weights.pt").touch()
+    assert find_clip("ViT-S-16", str(tmp_path / "weights.pt")).model["model_name"] == "ViT-S-16"
+    assert "a file does not tell" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no weights of ViT-S-16"):
+        find_clip("ViT-S-16", "openai")
 
 
 class HubHandler(BaseHTTPRequestHandler):

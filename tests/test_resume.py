@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, finish, load, one_line, run, scalars, start
+from safetensors.torch import load_file, save_file
 
 import ppo_vlmrm
 import sac_vlmrm
@@ -380,22 +381,26 @@ def test_a_buffer_that_memory_or_the_disk_has_no_room_for_is_one_line(tmp_path, 
 
 def test_two_processes_never_share_a_run(tmp_path, reference):
     """Those of one seed that start in the same second get two folders; a run in progress can't be resumed."""
-    runs = [start("sac_vlmrm", **FLAGS, total_timesteps=10**6, cwd=tmp_path) for _ in range(2)]
+    flags = FLAGS | dict(env_id="gymnasium:InvertedPendulum-v5")
+    runs = [start("sac_vlmrm", **flags, total_timesteps=10**6, cwd=tmp_path) for _ in range(2)]
     wait_for(lambda: len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2)
     folder = next(tmp_path.glob("runs/*"))
+    assert folder.name.startswith("gymnasium-InvertedPendulum-v5__sac_vlmrm__1__")  # a colon is not for every path
     assert "another process runs in" in one_line(run("sac_vlmrm", resume=folder))
     for started in runs:
         kill_run(*started)
-    sac_vlmrm.train(Args(**FLAGS, resume=folder, total_timesteps=load(folder)["global_step"] + 20))
+    sac_vlmrm.train(Args(**flags, resume=folder, total_timesteps=load(folder)["global_step"] + 20))
 
 
-def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "time", lambda: 1.0)
-    args = Args(env_id="my_robots:mine/Arm-v0")
-    folders = [sac_vlmrm.make_run_dir(args) for _ in range(3)]
-    name = "my_robots-mine-Arm-v0__sac_vlmrm__1__1"  # of characters that a path may have anywhere
-    assert [folder.name for folder in folders] == [name, f"{name}-2", f"{name}-3"]
+def test_a_run_whose_clip_has_changed_is_not_resumed(tmp_path, capsys):
+    clip = shutil.copytree(TINY_CLIP, tmp_path / "clip")
+    flags = dict(FLAGS, reward="regularized", clip=str(clip), run_dir=tmp_path / "run")
+    sac_vlmrm.train(Args(**flags, total_timesteps=40))
+    weights = load_file(clip / "open_clip_model.safetensors")
+    save_file({name: weight.flip(0) for name, weight in weights.items()}, clip / "open_clip_model.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        sac_vlmrm.train(Args(**flags, resume=tmp_path / "run", total_timesteps=80))
+    assert stopped.value.code == 2 and "has changed since" in capsys.readouterr().err
 
 
 class Payload:

@@ -133,7 +133,7 @@ both | evaluations start elsewhere | episode_seeds(args.seed, start_key, => epis
 both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
 both | best.pt by the environment's reward | result.get("clip_rewards", result["env_rewards"]) => result["env_rewards"]
 both | other processes' transitions are lost | array.copy_(torch.cat([part[i] for part in parts], 1)) => pass
-both | other processes act by an old agent | tensor.copy_(values.view_as(tensor)) => pass
+both | other processes act by an old agent | dist.broadcast(values, 0) => pass
 both | other processes' episodes are not evaluated | rounds += gather(steps) => rounds += [gather(steps) and steps]
 both | other processes' rewards are lost | rewards[:, run.mine] = clip_reward => _ = clip_reward
 """
