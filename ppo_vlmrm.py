@@ -68,7 +68,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from OpenGL import GL
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import Compose
@@ -133,7 +133,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     reward: Literal["regularized", "binary", "env"] = "regularized"
     """what is trained on: VLM-RM's CLIP reward, VLM-SR's, or the environment's own (no CLIP, renders only videos)"""
     negatives: tuple[str, ...] = ()
-    """prompts that a goal competes with in the binary reward, beside the other goals"""
+    """prompts that a goal competes with in the binary reward; in training the other goals are, too"""
     temperature: Positive | None = None
     """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
@@ -233,8 +233,9 @@ def regularized_reward(frames, goals, baseline, alpha):
 
         R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2
 
-    Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
-    the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
+    Takes embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], L2-normalised but for the mean over
+    several templates, and alpha in [0, 1]: 0 is the cosine of s and g (of a mean, scaled and shifted), 1 keeps only
+    what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
     # As g is on L, proj_L(s) - g is the part of s - g along L; so what is squared is alpha along + (1 - alpha) offsets.
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
@@ -305,7 +306,8 @@ class CLIP:
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
             if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
-                embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
+                image = ImageOps.exif_transpose(Image.open(prompt)).convert("RGB")  # as a phone was held
+                embeddings[i] = self.encode_images(np.array(image)[None])[0]
         return embeddings
 
     @torch.no_grad()
@@ -343,7 +345,7 @@ class ClipReward:
             embeddings = F.normalize(embeddings, dim=-1)
         self.goals, self.held_out, self.negatives, self.baseline = embeddings.split([len(part) for part in prompts])
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
-        self.chunks = []  # rewards of the chunks of a phase that were scored already
+        self.chunks, self.size = [], clip.batch_size  # rewards of the chunks that were scored already, and their size
         self.ahead, self.on_stream = clip.device.type == "cuda", contextlib.nullcontext()
         if self.ahead:
             stream = torch.cuda.Stream(clip.device)
@@ -355,20 +357,20 @@ class ClipReward:
         self.score(frames)
         with self.on_stream:
             rewards = torch.cat(self.chunks)[:, list(goal_ids)].cpu()  # waits for the device
-        self.chunks = []
+        self.chunks, self.size = [], self.clip.batch_size
         return rewards.numpy()
 
-    def score_ahead(self, frames):
-        """On CUDA, scores the first frames of a phase while the environments go on: the whole chunks that are new."""
+    def score_ahead(self, frames, n):
+        """On CUDA, scores the first n frames of a phase while the environments go on: the whole chunks that are new."""
         if self.ahead:
-            self.score(frames[: len(frames) // self.clip.batch_size * self.clip.batch_size])
+            self.size = min(self.size, max(1, len(frames) // 4))  # of several processes each has few frames
+            self.score(frames[: n // self.size * self.size])
 
     def score(self, frames):
         """Appends to `chunks` the rewards [n, G + E] of those chunks of frames that are not among them yet."""
-        size = self.clip.batch_size
         with self.on_stream:  # on a GPU beside the policy's kernels, which would else wait for these
-            for start in range(size * len(self.chunks), len(frames), size):
-                self.chunks.append(self.rewards_of(self.clip.encode_images(frames[start : start + size])))
+            for start in range(self.size * len(self.chunks), len(frames), self.size):
+                self.chunks.append(self.rewards_of(self.clip.encode_images(frames[start : start + self.size])))
 
     def rewards_of(self, embeddings):
         """Rewards [n, G + E] of embedded frames [n, D]: the place for a reward of your own."""
@@ -671,7 +673,7 @@ def train(args):
                     rewards[t, run.mine] = clip_reward(pixels[t], range(n_goals))
                     terminated[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
                 elif clip_reward:
-                    clip_reward.score_ahead(frames[: (t + 1) * pixels.shape[1]])
+                    clip_reward.score_ahead(frames, (t + 1) * pixels.shape[1])
                 next_goal_id = np_rng.integers(n_goals, size=args.num_envs)
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.num_steps - 1:  # an episode ended: the next one starts
@@ -967,7 +969,12 @@ class SceneRenderer:
         if self.renderer is None:
             SceneRenderer.opened_by = os.getpid()
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
-            self.renderer = mujoco.Renderer(self.model, *self.size)
+            try:
+                self.renderer = mujoco.Renderer(self.model, *self.size)
+            except (RuntimeError, ImportError):
+                if not os.environ.pop("MUJOCO_EGL_DEVICE_ID", None):
+                    raise
+                self.renderer = mujoco.Renderer(self.model, *self.size)  # EGL does not list that GPU: any device of it
         self.data.qpos[:] = qpos
         mujoco.mj_fwdKinematics(self.model, self.data)  # all that is drawn, lights and tendons too
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move

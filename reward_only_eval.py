@@ -64,7 +64,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -73,7 +73,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 @dataclass
-class Args:
+class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined at the end
     # ---- run ----
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; auto is CUDA where there is one"""
@@ -115,7 +115,7 @@ class Args:
     reward: Literal["regularized", "binary"] = "regularized"
     """VLM-RM's CLIP reward, or VLM-SR's"""
     negatives: tuple[str, ...] = ()
-    """prompts that a goal competes with in the binary reward, beside the other goals"""
+    """prompts that a goal competes with in the binary reward; in training the other goals are, too"""
     temperature: Positive | None = None
     """of the binary reward's softmax over cosines (default: the one that the model was trained with, about 0.01)"""
     threshold: Share = 0.5
@@ -159,8 +159,9 @@ def regularized_reward(frames, goals, baseline, alpha):
 
         R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2
 
-    Takes L2-normalised embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], and alpha in [0, 1]: 0 is
-    the cosine of s and g, 1 keeps only what lies along g - b. Returns the reward of every frame for every goal, [N, G].
+    Takes embeddings of frames s [N, D], goals g [G, D] and the baseline b [D], L2-normalised but for the mean over
+    several templates, and alpha in [0, 1]: 0 is the cosine of s and g (of a mean, scaled and shifted), 1 keeps only
+    what lies along g - b. Returns the reward of every frame for every goal, [N, G].
     """
     # As g is on L, proj_L(s) - g is the part of s - g along L; so what is squared is alpha along + (1 - alpha) offsets.
     directions = F.normalize(goals - baseline, dim=-1)  # [G, D]
@@ -169,24 +170,15 @@ def regularized_reward(frames, goals, baseline, alpha):
     return 1.0 - 0.5 * (alpha * along + (1.0 - alpha) * offsets).square().sum(-1)
 
 
-def binary_reward(frames, goals, negatives, temperature, threshold):
-    """Thresholded softmax reward of VLM-SR, T being the goals and the negatives:
+def goal_probability(frames, goals, negatives, temperature):
+    """What VLM-SR's binary reward compares with its threshold, T being the goals and the negatives:
 
         p(l | o) = exp(f(o).g(l) / temperature) / sum over l' in T of exp(f(o).g(l') / temperature)
-        r = 1[p(l | o) > threshold]
 
-    Takes L2-normalised embeddings of frames f(o) [N, D], goals [G, D] and negatives [M, D], M may be 0: each goal is a
-    negative of the others. Returns 0 or 1 for every frame and goal, [N, G]. A SigLIP model's bias, the same for all
-    prompts, cancels.
+    Takes L2-normalised embeddings of frames f(o) [N, D], goals [G, D] and negatives [M, D]. Returns [N, G]. A SigLIP
+    model's bias, the same for all prompts, cancels.
     """
     # In float64: at a low temperature float32's rounding of a cosine would decide between two close prompts.
-    logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
-    probabilities = logits.softmax(-1)[:, : len(goals)]
-    return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
-
-
-def goal_probability(frames, goals, negatives, temperature):
-    """The p(l | o) that `binary_reward` compares with its threshold: [N, G]."""
     logits = frames.double() @ torch.cat([goals, negatives]).double().T / temperature  # [N, G + M]
     return logits.softmax(-1)[:, : len(goals)]
 
@@ -237,7 +229,8 @@ class CLIP:
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
             if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
-                embeddings[i] = self.encode_images(np.array(Image.open(prompt).convert("RGB"))[None])[0]
+                image = ImageOps.exif_transpose(Image.open(prompt)).convert("RGB")  # as a phone was held
+                embeddings[i] = self.encode_images(np.array(image)[None])[0]
         return embeddings
 
     @torch.no_grad()
@@ -282,7 +275,12 @@ class SceneRenderer:
         if self.renderer is None:
             SceneRenderer.opened_by = os.getpid()
             self.model.vis.global_.offheight, self.model.vis.global_.offwidth = self.size
-            self.renderer = mujoco.Renderer(self.model, *self.size)
+            try:
+                self.renderer = mujoco.Renderer(self.model, *self.size)
+            except (RuntimeError, ImportError):
+                if not os.environ.pop("MUJOCO_EGL_DEVICE_ID", None):
+                    raise
+                self.renderer = mujoco.Renderer(self.model, *self.size)  # EGL does not list that GPU: any device of it
         self.data.qpos[:] = qpos
         mujoco.mj_fwdKinematics(self.model, self.data)  # all that is drawn, lights and tendons too
         follow = self.follow and self.model.body_jntnum[1]  # body 1 is the robot's root, if it can move
@@ -316,13 +314,15 @@ class Source:
         if self.qpos is not None:
             return render(self.qpos[row])
         if self.files[0].suffix.lower() in IMAGES:
-            return np.array(Image.open(self.files[row]).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(Image.open(self.files[row])).convert("RGB"))
         if self.video is None:
             self.video = imageio.get_reader(self.files[0])
-        return np.asarray(self.video.get_data(row))  # asked for in order, each frame is decoded once
+        frame = Image.fromarray(self.video.get_data(row))  # asked for in order, each frame is decoded once
+        return np.array(frame.convert("RGB"))
 
-    def chunks(self, render, n=256):
-        """Yields all frames in order, uint8 [up to n, H, W, 3]: few at a time, to keep memory flat."""
+    def chunks(self, render):
+        """Yields all frames in order, uint8 [n, H, W, 3]: few at a time, to keep memory flat."""
+        n = 32 if self.files else 256  # pictures may be large
         for start in range(0, len(self.table), n):
             frames = [self.frame(render, row) for row in self.table.index[start : start + n]]
             for _, same_shape in itertools.groupby(frames, key=np.shape):
@@ -334,11 +334,16 @@ ROOT = ("root_x", "root_y", "root_z", "root_roll", "root_pitch", "root_yaw")  # 
 PROGRESS_BAR = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
+def in_numbers(file):
+    """Sorts file names as people number them: 2.png before 10.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file.name))]
+
+
 def load_frames(path):
     """The images of a folder, in the order of their names, or the frames of a video."""
     try:
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+            files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=in_numbers)
             names = [str(file) for file in files]
             sizes = set()
             for file in files:
@@ -348,8 +353,8 @@ def load_frames(path):
         else:
             files = [path]
             with imageio.get_reader(path) as reader:
-                names = [str(path) for _ in reader]
-                sizes = {reader.get_meta_data()["size"]}
+                shapes = [frame.shape for frame in reader]
+            names, sizes = [str(path)] * len(shapes), {shape[:2] for shape in shapes}
     except Exception as error:  # imageio's words are about formats that nobody meant
         raise ValueError(f"--frames {path}: neither images nor a video that can be read ({error})") from error
     if not names:
@@ -684,18 +689,16 @@ def rewards_of(frames, prompts, alpha, temperature, threshold):
 
     `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
     """
+    chunks = frames.split(4096)
     if alpha is None:  # in a softmax, prompts whose templates agree more would win by their longer mean
         prompts = F.normalize(prompts, dim=-1)
-    goal_embeddings = prompts[:1]
-    negatives = prompts[2:]
-    if alpha is None:
-        rewards = binary_reward(frames, goal_embeddings, negatives, temperature, threshold)
-        scores = goal_probability(frames, goal_embeddings, negatives, temperature)
+        scores = [goal_probability(chunk, prompts[:1], prompts[2:], temperature) for chunk in chunks]
     else:
-        chunks = [regularized_reward(chunk, goal_embeddings, prompts[1], alpha) for chunk in frames.split(4096)]
-        rewards = torch.cat(chunks)
-        scores = rewards
-    return rewards[:, 0].numpy(), scores[:, 0].numpy()
+        scores = [regularized_reward(chunk, prompts[:1], prompts[1], alpha) for chunk in chunks]
+    scores = torch.cat(scores)[:, 0].numpy()
+    if not np.isfinite(scores).all():
+        raise FloatingPointError("a reward is not finite: the model overflows, try --clip-precision fp32")
+    return (scores > threshold).astype(np.float32) if alpha is None else scores, scores
 
 
 def make_variants(models, embeddings, args):
@@ -906,9 +909,12 @@ def evaluate_all_tasks(args):
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
     each = table.drop(columns=["frames/s", "parameters"])
     explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
-    tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]
-    results = {"args": asdict(args), "mean": means.to_dict("records"), "tasks": table.to_dict("records")}
-    (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str))
+    met = table.dropna()["task"].nunique()  # tasks with goal states and others, whose metrics are defined
+    tables = [(f"Mean over the tasks, {met} of {len(EIGHT)}", means, explanation), ("Each task", each, "")]
+    results = {"args": asdict(args)}
+    for name, rows in {"mean": means, "tasks": table}.items():
+        results[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str, allow_nan=False))
     write_page(out_dir, "eight tasks of the Humanoid", facts, tables, [], captions)
     for heading, shown, _ in tables:
         print(f"\n{heading}\n{shown.to_string(**AS_TEXT)}")
@@ -1137,7 +1143,7 @@ def load(args):
         check_flags(args)
         sources, xml_path = load_sources(args)
         about = re.sub("[/:]", "-", args.env_id) if xml_path else args.frames.stem
-        out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{int(time.time())}"
+        out_dir = args.out_dir or Path("runs") / f"{about}__{Path(__file__).stem}__{time.time_ns() // 10**6}"
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
         if xml_path:  # a missing EGL is an error now, before the models are loaded
@@ -1176,7 +1182,7 @@ def notes_on(variants, sources, frames, args):
         if not source.square:
             yield f"Not all frames of {source.name} are square: see --image-resize-mode."
     if counted.empty:
-        yield "No frame has a label, so there are no metrics, only rewards and plots: give --task, or --labels."
+        yield "No frame has a label, so there are no metrics, only rewards and plots: give --labels, or a --task."
         return
     others = frames["kind"][~frames["counted"]]
     if (others == "sweep").any():
@@ -1336,7 +1342,7 @@ def plot_landscapes(shown, sources, frames):
 
 
 def plot_precision_recall(shown, sources, frames):
-    """Precision and recall as the threshold on the reward varies; dots are a binary reward's `--threshold`."""
+    """Precision and recall as the threshold on the reward varies; dots are some of a binary reward's."""
     counted = frames[frames["counted"]]
     clips = dict.fromkeys(variant.clip for variant in shown)
     figure, axes = make_panels(len(clips))
@@ -1403,7 +1409,8 @@ def plot_scale(shown, sources, frames):
 
 def plot_contact_sheet(variant, sources, frames, xml_path, args, columns=8):
     """Best and worst scored frames: look for what scores high and is not meant."""
-    best_first = frames.assign(reward=variant.rewards).sort_values("reward", ascending=False, kind="stable")
+    best_first = frames.assign(reward=variant.rewards, score=variant.scores)
+    best_first = best_first.sort_values("score", ascending=False, kind="stable")  # of binary rewards many are the same
     rows = {"highest reward": best_first}
     if (frames["goal_state"] == 1).any():
         rows["highest reward, not the goal state"] = best_first[best_first["goal_state"] == 0]
@@ -1445,8 +1452,8 @@ EXPLANATIONS = {  # of columns
     "ROC-AUC": "ROC-AUC: the chance that a goal state scores above another state; guessing has 0.5.",
     "average precision": "Average precision: guessing has the share of goal states. All metrics depend on which states "
     "were judged, and on that share. Brackets, where there are some, are 95% intervals from a bootstrap over episodes.",
-    "false positives": "False positives: the share of the other states above the threshold; a regularized reward has "
-    "none when it is trained on, and gets that of the highest F1 on these states.",
+    "false positives": "False positives: the share of the other states above the threshold. A regularized reward has "
+    "no threshold in training; here it gets the one with the highest F1 on these states.",
     "success_rate": "A trajectory succeeds if it is in the goal state for half of its steps (VLM-RM); low and high are "
     "the 95% Wilson interval.",
     "recorded": "Recorded is the reward here that is nearest to the one that training recorded: if they differ by more "
@@ -1487,8 +1494,12 @@ def check_flags(args):
         raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}, all")
     if args.task == "all" and (args.frames or set(args.goal or ()) != {TASKS[task][0] for task in EIGHT}):
         raise ValueError("--task all judges states, not --frames, by the prompts of VLM-RM: leave --goal out")
-    if not (args.alpha and args.clip and args.template):
-        raise ValueError("--alpha, --clip and --template need at least one value each")
+    models = tuple(itertools.zip_longest(args.clip, args.clip_pretrained))
+    for flag, values in {"alpha": args.alpha, "clip": models, "template": args.template, "goal": args.goal}.items():
+        if not values and flag != "goal":
+            raise ValueError(f"--{flag} needs at least one value")
+        if len(set(values or ())) < len(values or ()):
+            raise ValueError(f"--{flag} names one twice: name each once")
     if args.reward == "regularized" and max(args.alpha) > 0 and args.baseline in (args.goal or ()):
         raise ValueError("--goal equals --baseline: no direction to regularise along; change one, or use --alpha 0")
     for template in args.template:
@@ -1518,7 +1529,9 @@ def flags_of_run(rollout):
         if value is None or value == "env":  # a run on the environment's reward has no CLIP reward
             continue
         if name == "reward" and value not in ("regularized", "binary"):
-            raise ValueError(f"{path}: --reward {value} is not one of this script's: add it to `rewards_of`")
+            raise ValueError(
+                f"{path}: --reward {value} is not one of this script's: add it to `Args` and `make_variants`"
+            )
         if name in ("alpha", "clip", "clip_pretrained"):  # one there, several here
             value = [value]
         flags[name] = tuple(value) if isinstance(value, list) else value
@@ -1538,7 +1551,7 @@ def read_flags():
         with one_line_errors(args.traceback):
             goals = list(filter(None, dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts)))
             defaults = flags_of_run(args.rollouts[0])
-        if args.clip != Args.clip:
+        if any(word.partition("=")[0] == "--clip" for word in sys.argv):
             defaults.pop("clip_pretrained", None)  # of the run's own model
     args = tyro.cli(Args, default=replace(args, **defaults))
     if args.task is None:  # the sweep's, or the one whose prompt is the goal
@@ -1578,5 +1591,7 @@ if __name__ == "__main__":
     try:
         arguments = read_flags()
         evaluate_all_tasks(arguments) if arguments.task == "all" else evaluate_reward(arguments)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 import reward_only_eval
+import sac_vlmrm
 from reward_only_eval import (
     METRICS,
     Args,
     Source,
     Variant,
-    binary_reward,
     describe_sources,
     epic_distance,
     evaluate_reward,
@@ -211,7 +211,7 @@ def test_the_probability_is_the_one_that_the_binary_reward_cuts():
     )
     p = goal_probability(frames, text[:2], text[2:], 0.1)
     assert (
-        torch.equal((p > 0.4).float(), binary_reward(frames, text[:2], text[2:], 0.1, 0.4))
+        torch.equal((p > 0.4).float(), sac_vlmrm.binary_reward(frames, text[:2], text[2:], 0.1, 0.4))
         and 0.1 < (p > 0.4).float().mean() < 0.9
     )
 
@@ -310,7 +310,7 @@ def test_a_binary_reward_competes_with_its_negatives_but_not_with_itself(monkeyp
     assert reward["threshold"] == threshold and reward["alpha"] is None and reward["metrics"]["roc_auc"] is not None
     with open(tmp_path / "report" / "rewards.csv") as file:
         rewards = [float(row[-1]) for row in list(csv.reader(file))[1:]]
-    expected = binary_reward(frames, text[:1], text[1:], 0.05, threshold)[:, 0].numpy()
+    expected = sac_vlmrm.binary_reward(frames, text[:1], text[1:], 0.05, threshold)[:, 0].numpy()
     assert (
         np.mean(np.array(rewards) == expected) > 0.97 and 0.4 < expected.mean() < 0.6
     )  # but for the one at the threshold
@@ -333,6 +333,17 @@ def test_the_goals_of_a_run_compete_with_each_other_but_a_single_one_not_with_ot
         assert reward_only_eval.flags_of_run(tmp_path / "run" / "rollouts" / "1.npz")["negatives"] == expected
 
 
+@pytest.mark.parametrize("given", ["", "--clip ViT-L-14", "--clip=ViT-L-14"])
+def test_a_runs_weights_are_those_of_its_own_model_alone(given, tmp_path, monkeypatch):
+    path = tmp_path / "run" / "rollouts" / "1.npz"
+    path.parent.mkdir(parents=True)
+    save_rollout(path)
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"clip": "ViT-B-32", "clip_pretrained": "openai"}))
+    monkeypatch.setattr(sys, "argv", ["reward_only_eval.py", "--rollouts", str(path), *given.split()])
+    args = reward_only_eval.read_flags()
+    assert (args.clip, args.clip_pretrained) == ((("ViT-L-14",), ()) if given else (("ViT-B-32",), ("openai",)))
+
+
 def test_every_photo_of_a_folder_is_shown(tmp_path):
     write_frames(tmp_path / "images")
     photos = reward_only_eval.load_frames(tmp_path / "images")
@@ -346,6 +357,27 @@ def write_frames(folder, count=12):
     for i in range(count):
         frame = np.full((96, 96, 3), 20 * i, np.uint8)
         Image.fromarray(frame).save(folder / f"{i:02d}.png")
+
+
+def test_images_are_in_the_order_of_their_numbers_and_upright(tmp_path):
+    (tmp_path / "images").mkdir()
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # a quarter turn, as of a phone that was held upright
+    for i in range(12):
+        Image.new("RGB", (8, 4), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png", exif=orientation if i == 2 else None)
+    loaded = reward_only_eval.load_frames(tmp_path / "images")
+    assert [frame[0, 0, 0] for chunk in loaded.chunks(None) for frame in chunk] == list(range(12))
+    assert loaded.frame(None, 2).shape == (8, 4, 3) and loaded.frame(None, 3).shape == (4, 8, 3)
+    imageio.mimsave(tmp_path / "a.gif", [np.full((6, 6, 3), i, np.uint8) for i in (0, 100, 200)])
+    (frames,) = reward_only_eval.load_frames(tmp_path / "a.gif").chunks(None)
+    assert frames.shape == (3, 6, 6, 3) and frames[:, 0, 0, 0].tolist() == [0, 100, 200]
+
+
+def test_a_reward_that_is_not_finite_is_no_perfect_one():
+    prompts, frames = torch.eye(3), torch.full((4, 3), torch.nan)
+    for alpha in (0.0, None):
+        with pytest.raises(FloatingPointError, match="finite"):
+            reward_only_eval.rewards_of(frames, prompts, alpha, 0.01, 0.5)
 
 
 def test_images_and_videos_with_labels(monkeypatch, tmp_path):
@@ -478,6 +510,8 @@ BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "no negatives": ("--sweep kneeling --reward binary", "--negatives"),
     "tags": ("--sweep kneeling --clip-pretrained a b", "--clip-pretrained"),
     "clip": ("--sweep kneeling --clip ViT-L-41", "ViT-L-14"),
+    "one alpha twice": ("--sweep kneeling --alpha 0 0.0", "--alpha names one twice"),
+    "one model twice": ("--sweep kneeling --clip RN50 RN50 --clip-pretrained openai openai", "--clip names one twice"),
     "long prompt": (f"--sweep kneeling --goal '{'word ' * 60}'", "too long"),
     "device": ("--sweep kneeling --device cuda", "NVIDIA"),
     "folder": (f"--sweep kneeling --clip {TINY_CLIP} --out-dir /dev/null/x", "'/dev/null/x'"),
@@ -553,6 +587,9 @@ def test_all_tasks_are_judged_also_where_no_state_is_the_goal_and_by_two_weights
     result = subprocess.run(line, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Tiny, alpha 0" in result.stdout and "Tiny other, alpha 0" in result.stdout
+    assert "Mean over the tasks, 0 of 8" in result.stdout
+    text = (tmp_path / "report" / "results.json").read_text()
+    assert "NaN" not in text and None in json.loads(text)["tasks"][0].values()
 
 
 def test_the_committed_states_are_small_and_hold_goal_states_of_every_task():

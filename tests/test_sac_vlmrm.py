@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -642,24 +644,41 @@ def test_the_lines_at_the_start_name_the_run_and_the_renderer_and_warn_of_a_cpus
         assert ("warning" in "".join(lines)) == ("warning:" in words)
 
 
+def test_a_gpu_that_egl_does_not_list_leaves_the_drawing_to_another_device():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import numpy as np, sac_vlmrm as s\n"
+        "env = s.gym.make('InvertedPendulum-v5').unwrapped\n"
+        "frame = s.SceneRenderer(env.fullpath, (64, 64), **s.scene_of(s.Args()))(env.init_qpos)\n"
+        "assert frame.shape == (64, 64, 3) and np.std(frame) > 10\n"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_scoring_ahead_gives_the_same_rewards_from_the_same_chunks(render):
     start = gym.make("Humanoid-v5").unwrapped.init_qpos
     frames = render("Humanoid-v5", start + np.arange(11)[:, None] / 50)
     clip = make_clip()
-    clip.batch_size, encoded = 4, []
+    clip.batch_size, encoded = 2, []
     reward = sac_vlmrm.ClipReward(Args(goal=("a humanoid robot kneeling", "a robot")), clip)
     expected = reward(frames, range(2))
     encode_images = clip.encode_images
     clip.encode_images = lambda images: encoded.append(len(images)) or encode_images(images)
-    reward.score_ahead(frames[:8])
+    reward.score_ahead(frames, 8)
     assert encoded == []  # on a CPU it would only take the cores from the environments
     reward.ahead = True
-    for n, chunks in ((3, []), (5, [4]), (9, [4, 4]), (11, [4, 4])):
-        reward.score_ahead(frames[:n])
+    for n, chunks in ((1, []), (3, [2]), (4, [2, 2]), (9, [2, 2, 2, 2]), (11, [2] * 5)):
+        reward.score_ahead(frames, n)
         assert encoded == chunks
     np.testing.assert_array_equal(reward(frames, range(2)), expected)
-    assert encoded == [4, 4, 3] and np.ptp(expected, 0).min() > 0.01
+    assert encoded == [2, 2, 2, 2, 2, 1] and np.ptp(expected, 0).min() > 0.01
     np.testing.assert_array_equal(reward(frames[:2], [1]), expected[:2, 1:])  # nothing is left of the phase before
+    clip.batch_size = reward.size = 256
+    del encoded[:]
+    reward.score_ahead(frames, 10)
+    assert encoded == [2] * 5  # more than a quarter of the phase would be waited for at its end
+    np.testing.assert_allclose(reward(frames, range(2)), expected, atol=1e-6)
 
 
 BAD_INPUT = {

@@ -262,10 +262,10 @@ class Recording:
             note("save", name=name, weights=clone(agent.state_dict()), progress=progress)
             save_checkpoint(run, name, agent, **progress)
 
-        def score_ahead(reward, frames, score_ahead=script.ClipReward.score_ahead):
+        def score_ahead(reward, frames, n, score_ahead=script.ClipReward.score_ahead):
             reward.ahead = True  # as on a GPU
-            score_ahead(reward, frames)
-            note("scored", chunks=len(reward.chunks), frames=len(frames))
+            score_ahead(reward, frames, n)
+            note("scored", chunks=len(reward.chunks), frames=n)
 
         allow_forks(script, patch)
         patch.setattr(script.ClipReward, "score_ahead", score_ahead)
