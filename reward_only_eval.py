@@ -183,6 +183,14 @@ def goal_probability(frames, goals, negatives, temperature):
     return logits.softmax(-1)[:, : len(goals)]
 
 
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def is_image(prompt):
+    """Whether a prompt is a picture's file."""
+    return prompt.lower().endswith(IMAGES)
+
+
 class CLIP:
     """An open_clip model that embeds frames and prompts. `source` comes from `find_clip`.
 
@@ -219,8 +227,8 @@ class CLIP:
     def encode_text(self, prompts, templates=("{}",)):
         """Embeds each prompt as the mean over its templated, normalised embeddings: [prompts, D] float32.
 
-        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that ends in
-        .png, .jpg or .jpeg is embedded as the image in that file.
+        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that names an
+        image file is embedded as that image.
         """
         texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
@@ -228,7 +236,7 @@ class CLIP:
         embeddings = F.normalize(embeddings.float(), dim=-1)
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
-            if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
+            if is_image(prompt):
                 image = ImageOps.exif_transpose(Image.open(prompt)).convert("RGB")  # as a phone was held
                 embeddings[i] = self.encode_images(np.array(image)[None])[0]
         return embeddings
@@ -313,7 +321,7 @@ class Source:
         """One frame, uint8 [H, W, 3]."""
         if self.qpos is not None:
             return render(self.qpos[row])
-        if self.files[0].suffix.lower() in IMAGES:
+        if is_image(self.files[0].name):
             return np.array(ImageOps.exif_transpose(Image.open(self.files[row])).convert("RGB"))
         if self.video is None:
             self.video = imageio.get_reader(self.files[0])
@@ -329,7 +337,6 @@ class Source:
                 yield np.stack(list(same_shape))
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ROOT = ("root_x", "root_y", "root_z", "root_roll", "root_pitch", "root_yaw")  # of a robot with a free joint
 PROGRESS_BAR = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 
@@ -343,7 +350,7 @@ def load_frames(path):
     """The images of a folder, in the order of their names, or the frames of a video."""
     try:
         if path.is_dir():
-            files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=in_numbers)
+            files = sorted((file for file in path.iterdir() if is_image(file.name)), key=in_numbers)
             names = [str(file) for file in files]
             sizes = set()
             for file in files:
@@ -1163,10 +1170,10 @@ def load_models(args):
     found = [find_clip(clip, tag, args.image_resize_mode) for clip, tag in zip(args.clip, tags, strict=True)]
     prompts = [*args.goal, *(args.negatives if args.reward == "binary" else [args.baseline])]
     for prompt in prompts:
-        if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
+        if is_image(prompt):
             Image.open(prompt).close()  # a missing file is an error now, before frames are encoded
     for source in found:
-        check_prompts(source.tokenizer, [text.replace("{}", prompt) for prompt in prompts for text in args.template])
+        check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts if not is_image(p) for t in args.template])
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     return [CLIP(source, device, args.clip_precision, args.clip_batch_size) for source in found]

@@ -269,6 +269,14 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
 
 
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def is_image(prompt):
+    """Whether a prompt is a picture's file."""
+    return prompt.lower().endswith(IMAGES)
+
+
 class CLIP:
     """An open_clip model that embeds frames and prompts. `source` comes from `find_clip`.
 
@@ -305,8 +313,8 @@ class CLIP:
     def encode_text(self, prompts, templates=("{}",)):
         """Embeds each prompt as the mean over its templated, normalised embeddings: [prompts, D] float32.
 
-        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that ends in
-        .png, .jpg or .jpeg is embedded as the image in that file.
+        As in VLM-RM's code, the mean of an ensemble is not normalised again. Beyond both papers, a prompt that names an
+        image file is embedded as that image.
         """
         texts = [template.replace("{}", prompt) for prompt in prompts for template in templates]
         with self.autocast():
@@ -314,7 +322,7 @@ class CLIP:
         embeddings = F.normalize(embeddings.float(), dim=-1)
         embeddings = embeddings.view(len(prompts), len(templates), -1).mean(1)
         for i, prompt in enumerate(prompts):
-            if prompt.lower().endswith((".png", ".jpg", ".jpeg")):
+            if is_image(prompt):
                 image = ImageOps.exif_transpose(Image.open(prompt)).convert("RGB")  # as a phone was held
                 embeddings[i] = self.encode_images(np.array(image)[None])[0]
         return embeddings
@@ -1303,7 +1311,11 @@ def stop_signals():
         if not received:
             received.append(number)
             first = time.monotonic()
-            os.write(2, b"\nstopping after what is being computed; one more, after 3 s, stops without a checkpoint\n")
+            text = b"\nstopping after what is being computed; one more, after 3 s, stops without a checkpoint\n"
+            try:
+                os.write(2, text)
+            except OSError:  # Ctrl-C has ended the `tee` that it went to
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         elif time.monotonic() - first > 3.0:  # sooner, it may be the same one: torchrun passes on what it gets itself
             os._exit(128 + number)
 
@@ -1335,7 +1347,7 @@ def start_run(args):
                 stack.enter_context(lock_run_dir(run.dir))
             if run.dir:
                 name = args.checkpoint if args.play else "checkpoint.pt"
-                if not (run.dir / name).exists() and (run.dir / "checkpoint.pt").exists():
+                if name == "best.pt" and not (run.dir / name).exists() and (run.dir / "checkpoint.pt").exists():
                     note(f"there is no {name}, as before the first evaluation: checkpoint.pt is played")
                     name = "checkpoint.pt"
                 run.saved = load_checkpoint(run.dir / name)
@@ -1345,7 +1357,7 @@ def start_run(args):
             config = PreprocessCfg()
             if args.reward != "env":
                 source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
-                prompts = itertools.chain(*prompts_of(args))
+                prompts = [prompt for prompt in itertools.chain(*prompts_of(args)) if not is_image(prompt)]
                 check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts for t in args.template])
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.
@@ -1365,8 +1377,9 @@ def start_run(args):
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
                 if args.resume:
-                    off = run.goal_embeddings.cpu() - run.saved["goal_embeddings"]
-                    if off.square().sum() > 0.05 * len(off):  # embedded CLIP: bf16 1e-5, trained once more 0.26
+                    now, then = run.goal_embeddings.cpu(), run.saved["goal_embeddings"]
+                    # Of the embedded CLIP bf16 changes 1e-5, another training 0.26.
+                    if now.shape != then.shape or (now - then).square().sum() > 0.05 * len(now):
                         raise ValueError(f"{args.clip} or an image of a goal has changed since this run was started")
                 drop_text_tower(run.reward.clip.model)
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
@@ -1633,7 +1646,8 @@ def write_video(path, frames, rewards, fps=30):
 
 
 def slug(text):
-    """A sentence as a part of a file's or a curve's name."""
+    """A sentence, or an image's name, as a part of a file's or a curve's name."""
+    text = Path(text).name if is_image(text) else text
     return re.sub(r"\W+", "-", text.lower()).strip("-")[:70]  # a file's name may have 255 bytes, a Chinese letter has 3
 
 
@@ -1689,10 +1703,12 @@ def check_args(args):
     if args.play and WORLD > 1:
         raise ValueError("--play needs one process: start it without torchrun")
     device_of(args)
+    if args.track:
+        __import__("wandb")  # a missing one is an error now
     if not args.goal or not all(goal.strip() for goal in goals):
         raise ValueError("--goal is empty: describe the state to reach")
     if len({slug(goal) for goal in goals}) < len(goals):
-        raise ValueError("--goal and --eval-goal name a goal twice: name each once")
+        raise ValueError("--goal and --eval-goal: two have the same first 70 letters, which files are named by")
     if len(goals) > 1 and args.reward == "env":
         raise ValueError("--reward env has no goals: name one --goal or none")
     if args.eval_goal and len(args.goal) == 1:
@@ -1729,21 +1745,27 @@ def warn_of_rewards(args, envs):
 
 # What may differ when a run is resumed: it changes nothing that is trained on, but that the learning rate follows
 # --total-timesteps (with --anneal-lr), that another batch size or precision of CLIP rounds otherwise, and that another
-# device draws other noise.
+# device draws other noise. --clip is for a folder that has moved: start_run compares the goals' embeddings.
 CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every eval_episodes checkpoint_every video
-    save_rollouts track traceback clip_batch_size clip_precision""".split()
+    clip clip_pretrained save_rollouts track traceback clip_batch_size clip_precision""".split()
 
 
-def with_absolute_clip(args):
-    """Flags with the folder of --clip as an absolute path, so that the run can be played from anywhere."""
-    return replace(args, clip=os.path.abspath(args.clip)) if Path(args.clip).is_dir() else args
+def with_absolute_paths(args):
+    """Flags with the folder of --clip and the goals' images as absolute paths: a run can be played from anywhere."""
+
+    def absolute(goals):
+        return tuple(os.path.abspath(goal) if is_image(goal) else goal for goal in goals)
+
+    clip = os.path.abspath(args.clip) if Path(args.clip).is_dir() else args.clip
+    return replace(args, clip=clip, goal=absolute(args.goal), eval_goal=absolute(args.eval_goal))
 
 
 def parse_args():
     """The command line's flags. With --resume or --play they start from the run's own, with --preset from its table."""
     with one_line_errors("--traceback" in sys.argv):
+        named = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
         for flag in ("--goal", "--eval-goal", "--negatives", "--template"):
-            if sys.argv.count(flag) > 1:
+            if named.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
         args = tyro.cli(Args)
         if len(args.goal) > 1 and all(goal.isascii() and goal.isalpha() for goal in args.goal):
@@ -1755,20 +1777,22 @@ def parse_args():
             resume = run_dir if (run_dir / "checkpoint.pt").exists() else None
         elif resume and run_dir not in (None, resume):
             raise ValueError("--resume goes on in its own folder: leave --run-dir out")
-        elif run_dir and not resume and (run_dir / "args.json").exists():
+        elif run_dir and not resume and (run_dir / "checkpoint.pt").exists():
             raise ValueError(f"--run-dir {run_dir} already holds a run: choose another folder, or add --resume auto")
         folder = args.play or resume
         if not folder:
             args = replace(tyro.cli(Args, default=replace(Args(), **PRESETS.get(args.preset, {}))), resume=None)
-            return with_absolute_clip(args)
+            return with_absolute_paths(args)
         if not (folder / "args.json").exists():
             raise ValueError(f"{'--play' if args.play else '--resume'} {folder}: no run is there, it has no args.json")
         saved = json.loads((folder / "args.json").read_text())
+        if unknown := saved.keys() - asdict(args).keys():
+            raise ValueError(f"{folder}: a run of another script or version, with --{min(unknown).replace('_', '-')}")
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-        saved = with_absolute_clip(replace(saved, resume=resume, play=args.play, run_dir=None))
+        saved = with_absolute_paths(replace(saved, resume=resume, play=args.play, run_dir=None))
         if args.play:
-            return tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal)))
-        args = with_absolute_clip(replace(tyro.cli(Args, default=saved), resume=resume))
+            return with_absolute_paths(tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal))))
+        args = with_absolute_paths(replace(tyro.cli(Args, default=saved), resume=resume))
         changed = []
         for name, value in asdict(args).items():
             if name not in CHANGEABLE and value != getattr(saved, name):

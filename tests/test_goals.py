@@ -279,8 +279,8 @@ def test_episode_charts_count_the_episodes_that_ended():
 
 
 BAD_INPUT = {
-    "same goal twice": (["--goal", "a robot", "A  robot."], "twice"),
-    "held-out goal is trained on": (["--goal", "a robot", "b", "--eval-goal", "b"], "twice"),
+    "same goal twice": (["--goal", "a robot", "A  robot."], "first 70 letters"),
+    "held-out goal is trained on": (["--goal", "a robot", "b", "--eval-goal", "b"], "first 70 letters"),
     "held-out goal of one": (["--goal", "a", "--eval-goal", "b"], "--eval-goal"),
     "nothing to compare with": (["--reward", "binary"], "--negatives"),
     "goal is negative": (["--reward", "binary", "--goal", "a", "--negatives", "a"], "--negatives"),
@@ -288,6 +288,8 @@ BAD_INPUT = {
     "goals of the environment": (["--reward", "env", "--goal", "a robot", "b"], "--reward env"),
     "empty goal": (["--goal", "a", " "], "--goal"),
     "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
+    "goals one by one with signs": (["--eval-goal=a", "--eval_goal", "b"], "given twice"),
+    "no wandb": (["--track"], "wandb"),
     "a sentence without quotes": (["--goal", "a", "humanoid", "robot", "kneeling"], "in quotes"),
     "negatives of another reward": (["--negatives", "x"], "--reward binary"),
     "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),

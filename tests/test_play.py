@@ -1,6 +1,8 @@
 """What users do with both training scripts before and after a run: presets, defaults, playing a trained agent."""
 
 import json
+import os
+import sys
 
 import gymnasium as gym
 import imageio
@@ -127,3 +129,18 @@ def test_without_a_goal_all_of_the_runs_own_are_played(trained):
 def test_an_agent_of_one_goal_does_not_pretend_to_understand_another(script, flags, tmp_path):
     run_dir = script.train(script.Args(**flags, reward="regularized", run_dir=tmp_path / "run"))
     assert "does not see its goal" in one_line(run(script.__name__, play=run_dir, goal=(LYING,)))
+
+
+@pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
+def test_paths_of_images_are_absolute_and_the_run_of_another_script_is_named(script, tmp_path, monkeypatch, capsys):
+    words = ["--goal", "a robot", "a.PNG", "--eval-goal", "b.jpg", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    args = script.parse_args()
+    assert (*args.goal, *args.eval_goal) == ("a robot", os.path.abspath("a.PNG"), os.path.abspath("b.jpg"))
+    assert script.slug(args.goal[1]) == "a-png"
+    (tmp_path / "args.json").write_text('{"goal": ["a"], "of_another": 1}')
+    for flag in ("--play", "--resume"):
+        monkeypatch.setattr(sys, "argv", ["script.py", flag, str(tmp_path)])
+        with pytest.raises(SystemExit):
+            script.parse_args()
+        assert "another script or version, with --of-another" in capsys.readouterr().err

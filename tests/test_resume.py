@@ -241,6 +241,16 @@ def test_a_later_signal_ends_a_run_at_once_but_not_one_that_comes_with_the_first
     assert result.returncode == 130 and result.stdout == "[2]\n[2]\n", result.stderr
 
 
+def test_a_signal_is_not_lost_with_the_tee_that_the_words_go_to():
+    code = (
+        "import os, sys, sac_vlmrm\nread, write = os.pipe()\nos.dup2(write, 2)\nos.close(read)\n"
+        "with sac_vlmrm.stop_signals() as received:\n    os.kill(os.getpid(), 2)\n    print(received)\n"
+        "    print('the checkpoint is written', file=sys.stderr, flush=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0 and result.stdout == "[2]\n"
+
+
 def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path):
     run_dir = tmp_path / "run"
     process, output = start("sac_vlmrm", **FLAGS, run_dir=run_dir, total_timesteps=10**6)
@@ -392,10 +402,16 @@ def test_two_processes_never_share_a_run(tmp_path, reference):
     sac_vlmrm.train(Args(**flags, resume=folder, total_timesteps=load(folder)["global_step"] + 20))
 
 
-def test_a_run_whose_clip_has_changed_is_not_resumed(tmp_path, capsys):
+def test_a_run_whose_clip_has_moved_is_resumed_but_not_one_whose_clip_has_changed(tmp_path, capsys, monkeypatch):
     clip = shutil.copytree(TINY_CLIP, tmp_path / "clip")
     flags = dict(FLAGS, reward="regularized", clip=str(clip), run_dir=tmp_path / "run")
     sac_vlmrm.train(Args(**flags, total_timesteps=40))
+    clip = clip.rename(tmp_path / "moved")
+    words = ["--resume", tmp_path / "run", "--clip", clip, "--total-timesteps", 60]
+    monkeypatch.setattr(sys, "argv", ["sac_vlmrm.py", *map(str, words)])
+    sac_vlmrm.train(sac_vlmrm.parse_args())
+    assert load(tmp_path / "run")["global_step"] == 60
+    flags["clip"] = str(clip)
     weights = load_file(clip / "open_clip_model.safetensors")
     save_file({name: weight.flip(0) for name, weight in weights.items()}, clip / "open_clip_model.safetensors")
     with pytest.raises(SystemExit) as stopped:
