@@ -421,7 +421,9 @@ class RenderedEnv(gym.Wrapper):
     def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
         env = gym.make(env_id, render_mode="rgb_array", max_episode_steps=episode_length, disable_env_checker=True)
         check_environment(env)
-        if isinstance(env.action_space, gym.spaces.Box):
+        if isinstance(env.action_space, gym.spaces.Box):  # rounded, what -1 and 1 become may be just outside
+            low, high = env.action_space.low, env.action_space.high
+            env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, low, high), env.action_space)
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
         super().__init__(gym.wrappers.FlattenObservation(env))
         self.early_termination, self.resize = early_termination, resize
@@ -443,20 +445,21 @@ class RenderedEnv(gym.Wrapper):
             observation["qpos"] = self.unwrapped.data.qpos
         if self.rendering:
             frame = self.renderer(self.unwrapped.data.qpos) if self.renderer else self.env.render()
+            if getattr(frame, "dtype", None) != np.uint8 or frame.ndim != 3:
+                raise TypeError("render() must return uint8 frames [H, W, 3]")
             fits = frame.shape == self.blank.shape
             observation["pixels"] = frame if fits else np.asarray(self.resize(Image.fromarray(frame)))
         return observation
 
     def reset(self, *, seed=None, options=None):
-        state, _ = self.env.reset(seed=seed, options=options)
-        return self.observe(state), {}
+        with environment_errors():
+            state, _ = self.env.reset(seed=seed, options=options)
+            return self.observe(state), {}  # infos are dropped: pickling costs time
 
     def step(self, action):
-        try:
-            state, reward, terminated, truncated, _ = self.env.step(action)  # infos are dropped: pickling costs time
-        except Exception as error:
-            raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
-        return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
+        with environment_errors():
+            state, reward, terminated, truncated, _ = self.env.step(action)
+            return self.observe(state), float(reward), bool(terminated and self.early_termination), truncated, {}
 
     def drawn_by(self):
         """OpenGL's name of what draws MuJoCo's frames, or None."""
@@ -803,6 +806,15 @@ class RunError(Exception):
 
 
 @contextlib.contextmanager
+def environment_errors():
+    """Makes a RunError of whatever an environment raises inside; its own might not come through to the main process."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def one_line_errors(traceback):
     """Words whatever is raised inside as one line on standard error and ends with status 2, or shows its traceback."""
     logging.disable(logging.ERROR)  # open_clip logs what it raises as well
@@ -929,12 +941,16 @@ def build_scene(xml_path, restyle):
 
     def paint(body, depth):
         for geom in body.geoms:
+            own = tuple(geom.rgba) != (0.5, 0.5, 0.5, 1.0) or not geom.material  # else the material's color counts
+            opacity = geom.rgba[3] if own else spec.material(geom.material).rgba[3]
+            if opacity == 0:
+                continue  # keep what is invisible invisible
             if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
-                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
+                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, opacity)
                 geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
-            elif geom.rgba[3] > 0:  # keep what is invisible invisible
+            else:
                 shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
-                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
+                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, opacity)
         for child in body.bodies:
             paint(child, depth + 1)
 
@@ -1007,6 +1023,10 @@ def check_environment(env):
         needed = " or ".join(space.__name__ for space in ACTION_SPACES)
         other = "; ppo_vlmrm.py takes it" if isinstance(env.action_space, gym.spaces.Discrete) else ""
         raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}{other}")
+    if isinstance(env.action_space, gym.spaces.Box):
+        low, high = env.action_space.low, env.action_space.high
+        if low.ndim != 1 or low.dtype.kind != "f" or not np.isfinite([low, high]).all() or not (low < high).all():
+            raise ValueError(f"{env.spec.id}: actions must be a vector of floats with bounds, not {env.action_space}")
     if "rgb_array" not in env.metadata.get("render_modes", []):
         raise ValueError(f"{env.spec.id} has no rgb_array rendering for CLIP to look at")
 

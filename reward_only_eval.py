@@ -1050,12 +1050,16 @@ def build_scene(xml_path, restyle):
 
     def paint(body, depth):
         for geom in body.geoms:
+            own = tuple(geom.rgba) != (0.5, 0.5, 0.5, 1.0) or not geom.material  # else the material's color counts
+            opacity = geom.rgba[3] if own else spec.material(geom.material).rgba[3]
+            if opacity == 0:
+                continue  # keep what is invisible invisible
             if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
-                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, 1)
+                geom.material, geom.rgba = "vlmrm_floor", (1, 1, 1, opacity)
                 geom.size[2] = 5.0  # meters a mesh cell: with the Humanoid's 0.125 the floor alone takes 3 ms a frame
-            elif geom.rgba[3] > 0:  # keep what is invisible invisible
+            else:
                 shade = 0.85 if depth % 2 else 0.7  # two tones, so that a limb stands out from the one behind it
-                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, geom.rgba[3])
+                geom.material, geom.rgba = "vlmrm_robot", (shade, shade, shade + 0.02, opacity)
         for child in body.bodies:
             paint(child, depth + 1)
 

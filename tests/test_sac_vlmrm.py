@@ -1,6 +1,7 @@
 """Behaviour of sac_vlmrm.py, through its own functions and its command line, on real renders and the embedded CLIP."""
 
 import copy
+import functools
 import json
 import os
 import runpy
@@ -642,6 +643,72 @@ def test_the_lines_at_the_start_name_the_run_and_the_renderer_and_warn_of_a_cpus
         assert first == 'runs/a trains on "a pole", "a cart" by RN50'
         assert len(lines) == (len(words) > 0) and all(word in lines[0] for word in words)
         assert ("warning" in "".join(lines)) == ("warning:" in words)
+
+
+class Bounded(gym.Env):
+    """Insists on its bounds, which float32 does not keep when -1 and 1 are scaled to them."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(np.float32(0.1), np.float32(0.4), (1,), np.float32)
+
+    def __init__(self, render_mode=None, frame=None, fault=None):
+        self.render_mode, self.fault = render_mode, fault
+        self.frame = np.full((32, 32, 3), 7, np.uint8) if frame is None else frame
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault == "reset":
+            raise FloatingPointError("the joints came off")
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.zeros(2, np.float32), None if self.fault == "reward" else 0.0, False, False, {}
+
+    def render(self):
+        return self.frame
+
+
+def test_what_an_environment_does_is_checked(monkeypatch):
+    rendered = functools.partial(sac_vlmrm.RenderedEnv, "Bounded-v0", 5, False, SCENE, (32, 32), (32, 32), None)
+
+    def registered(**kwargs):
+        monkeypatch.setitem(
+            gym.registry, "Bounded-v0", gym.envs.registration.EnvSpec("Bounded-v0", Bounded, kwargs=kwargs)
+        )
+        return rendered()
+
+    env = registered()
+    env.reset()
+    for end in (-1, 1):
+        assert env.step(np.array([end], np.float32))[0]["pixels"].max() == 7
+    for frame in (np.zeros((32, 32, 3)), np.zeros((32, 32), np.uint8), [[0]]):
+        with pytest.raises(sac_vlmrm.RunError, match="uint8"):
+            registered(frame=frame).reset()
+    with pytest.raises(sac_vlmrm.RunError, match="joints"):
+        registered(fault="reset").reset()
+    env = registered(fault="reward")
+    env.reset()
+    with pytest.raises(sac_vlmrm.RunError, match="float"):
+        env.step(np.zeros(1, np.float32))
+    bad = [gym.spaces.Box(-1, 1, (1, 3)), gym.spaces.Box(-1, 1, ()), gym.spaces.Box(-2, 2, (1,), np.int64)]
+    bad += [gym.spaces.Box(0, 0, (2,)), gym.spaces.Box(-np.inf, 1, (2,))]
+    for space in bad:
+        monkeypatch.setattr(Bounded, "action_space", space)
+        with pytest.raises(ValueError, match="vector of floats"):
+            registered()
+
+
+def test_what_is_invisible_stays_so(tmp_path):
+    (tmp_path / "ghosts.xml").write_text(
+        """<mujoco><asset><material name="faint" rgba="1 0 0 0.3"/><material name="gone" rgba="1 0 0 0"/></asset>
+        <worldbody><geom type="plane" size="1 1 1" rgba="1 1 1 0"/><geom size="1" material="gone"/>
+        <geom size="1" material="faint"/><geom size="1" material="faint" rgba="1 0 0 0.6"/><geom size="1"/>
+        <geom type="plane" size="1 1 1"/></worldbody></mujoco>"""
+    )
+    model = sac_vlmrm.build_scene(tmp_path / "ghosts.xml", restyle=True)
+    opacities = np.where(model.geom_matid == model.material("gone").id, 0, model.geom_rgba[:, 3])
+    np.testing.assert_allclose(opacities, [0, 0, 0.3, 0.6, 1, 1], atol=1e-6)
 
 
 def test_a_gpu_that_egl_does_not_list_leaves_the_drawing_to_another_device():
