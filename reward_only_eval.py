@@ -1353,7 +1353,7 @@ def plot_landscapes(shown, sources, frames):
 
 
 def plot_precision_recall(shown, sources, frames):
-    """Precision and recall as the threshold on the reward varies; dots are some of a binary reward's."""
+    """Precision and recall as the threshold on the reward varies; of a binary reward some are marked."""
     counted = frames[frames["counted"]]
     clips = dict.fromkeys(variant.clip for variant in shown)
     figure, axes = make_panels(len(clips))
