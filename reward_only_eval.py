@@ -187,7 +187,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def is_image(prompt):
-    """Whether a prompt is a picture's file."""
+    """Whether a prompt names an image file, by its ending."""
     return prompt.lower().endswith(IMAGES)
 
 
@@ -341,8 +341,8 @@ ROOT = ("root_x", "root_y", "root_z", "root_roll", "root_pitch", "root_yaw")  # 
 PROGRESS_BAR = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
-def in_numbers(file):
-    """Sorts file names as people number them: 2.png before 10.png."""
+def natural_key(file):
+    """Sorts file names in natural order: 2.png before 10.png."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file.name))]
 
 
@@ -350,7 +350,7 @@ def load_frames(path):
     """The images of a folder, in the order of their names, or the frames of a video."""
     try:
         if path.is_dir():
-            files = sorted((file for file in path.iterdir() if is_image(file.name)), key=in_numbers)
+            files = sorted((file for file in path.iterdir() if is_image(file.name)), key=natural_key)
             names = [str(file) for file in files]
             sizes = set()
             for file in files:
@@ -694,7 +694,8 @@ class Variant:
 def rewards_of(frames, prompts, alpha, temperature, threshold):
     """The rewards that are trained on, and the scores that rank the frames, [N] each.
 
-    `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward.
+    `prompts` are embeddings of the goal, the baseline and the negatives; `alpha` is None for the binary reward. Raises
+    FloatingPointError if one is not finite.
     """
     chunks = frames.split(4096)
     if alpha is None:  # in a softmax, prompts whose templates agree more would win by their longer mean
@@ -916,8 +917,8 @@ def evaluate_all_tasks(args):
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
     each = table.drop(columns=["frames/s", "parameters"])
     explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
-    met = table.dropna()["task"].nunique()  # tasks with goal states and others, whose metrics are defined
-    tables = [(f"Mean over the tasks, {met} of {len(EIGHT)}", means, explanation), ("Each task", each, "")]
+    judged = table.dropna()["task"].nunique()  # tasks with goal states and others, whose metrics are defined
+    tables = [(f"Mean over the tasks, {judged} of {len(EIGHT)}", means, explanation), ("Each task", each, "")]
     results = {"args": asdict(args)}
     for name, rows in {"mean": means, "tasks": table}.items():
         results[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")

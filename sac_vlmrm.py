@@ -94,8 +94,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     """folder of this run (default: a new one under runs/)"""
     resume: Path | None = None
     """go on with the run in this folder, with its flags; only how long, how often, where and in what CLIP precision it
-    runs may be changed; `auto` goes on in --run-dir if a checkpoint is there and else starts there, as a cluster's
-    requeued job needs it"""
+    runs, and the path of its CLIP, may be changed; `auto` goes on in --run-dir if a checkpoint is there and else starts
+    there, as a cluster's requeued job needs it"""
     play: Path | None = None
     """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
     checkpoint: str = "best.pt"
@@ -273,7 +273,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def is_image(prompt):
-    """Whether a prompt is a picture's file."""
+    """Whether a prompt names an image file, by its ending."""
     return prompt.lower().endswith(IMAGES)
 
 
@@ -362,7 +362,7 @@ class ClipReward:
             embeddings = F.normalize(embeddings, dim=-1)
         self.goals, self.held_out, self.negatives, self.baseline = embeddings.split([len(part) for part in prompts])
         self.goal_embeddings = torch.cat([self.goals, self.held_out])  # [G + E, D]
-        self.chunks, self.size = [], clip.batch_size  # rewards of the chunks that were scored already, and their size
+        self.chunks, self.chunk_size = [], clip.batch_size  # rewards of what was scored already; frames in each
         self.ahead, self.on_stream = clip.device.type == "cuda", contextlib.nullcontext()
         if self.ahead:
             stream = torch.cuda.Stream(clip.device)
@@ -374,20 +374,22 @@ class ClipReward:
         self.score(frames)
         with self.on_stream:
             rewards = torch.cat(self.chunks)[:, list(goal_ids)].cpu()  # waits for the device
-        self.chunks, self.size = [], self.clip.batch_size
+        self.chunks, self.chunk_size = [], self.clip.batch_size
         return rewards.numpy()
 
     def score_ahead(self, frames, n):
         """On CUDA, scores the first n frames of a phase while the environments go on: the whole chunks that are new."""
         if self.ahead:
-            self.size = min(self.size, max(1, len(frames) // 4))  # of several processes each has few frames
-            self.score(frames[: n // self.size * self.size])
+            # A quarter of the phase or less: where its frames are shared by several processes, 256 would be all of it.
+            self.chunk_size = min(self.chunk_size, max(1, len(frames) // 4))
+            self.score(frames[: n // self.chunk_size * self.chunk_size])
 
     def score(self, frames):
         """Appends to `chunks` the rewards [n, G + E] of those chunks of frames that are not among them yet."""
         with self.on_stream:  # on a GPU beside the policy's kernels, which would else wait for these
-            for start in range(self.size * len(self.chunks), len(frames), self.size):
-                self.chunks.append(self.rewards_of(self.clip.encode_images(frames[start : start + self.size])))
+            for start in range(self.chunk_size * len(self.chunks), len(frames), self.chunk_size):
+                embeddings = self.clip.encode_images(frames[start : start + self.chunk_size])
+                self.chunks.append(self.rewards_of(embeddings))
 
     def rewards_of(self, embeddings):
         """Rewards [n, G + E] of embedded frames [n, D]: the place for a reward of your own."""
@@ -933,7 +935,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def environment_errors():
-    """Makes a RunError of whatever an environment raises inside; its own might not come through to the main process."""
+    """Makes a RunError of whatever an environment raises inside: not every exception can be pickled."""
     try:
         yield
     except Exception as error:
@@ -1771,13 +1773,17 @@ CHANGEABLE = """resume run_dir play checkpoint device total_timesteps eval_every
 
 
 def with_absolute_paths(args):
-    """Flags with the folder of --clip and the goals' images as absolute paths: a run can be played from anywhere."""
+    """Flags with absolute paths of the CLIP model and the prompts' images: the run can be played from anywhere."""
 
-    def absolute(goals):
-        return tuple(os.path.abspath(goal) if is_image(goal) else goal for goal in goals)
+    def absolute(prompt):
+        return os.path.abspath(prompt) if is_image(prompt) else prompt
 
-    clip = os.path.abspath(args.clip) if Path(args.clip).is_dir() else args.clip
-    return replace(args, clip=clip, goal=absolute(args.goal), eval_goal=absolute(args.eval_goal))
+    paths = {name: tuple(map(absolute, getattr(args, name))) for name in ("goal", "eval_goal", "negatives")}
+    if Path(args.clip).is_dir():
+        paths["clip"] = os.path.abspath(args.clip)
+    if args.clip_pretrained and Path(args.clip_pretrained).is_file():
+        paths["clip_pretrained"] = os.path.abspath(args.clip_pretrained)
+    return replace(args, baseline=absolute(args.baseline), **paths)
 
 
 def parse_args():

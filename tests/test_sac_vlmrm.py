@@ -741,7 +741,7 @@ def test_scoring_ahead_gives_the_same_rewards_from_the_same_chunks(render):
     np.testing.assert_array_equal(reward(frames, range(2)), expected)
     assert encoded == [2, 2, 2, 2, 2, 1] and np.ptp(expected, 0).min() > 0.01
     np.testing.assert_array_equal(reward(frames[:2], [1]), expected[:2, 1:])  # nothing is left of the phase before
-    clip.batch_size = reward.size = 256
+    clip.batch_size = reward.chunk_size = 256
     del encoded[:]
     reward.score_ahead(frames, 10)
     assert encoded == [2] * 5  # more than a quarter of the phase would be waited for at its end
