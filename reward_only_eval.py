@@ -718,9 +718,9 @@ def make_variants(models, embeddings, args):
     variants = []
     for clip, model, frames in zip(args.clip, models, embeddings, strict=True):
         parameters = sum(p.numel() for p in model.model.parameters())
-        limits = args.temperature or model.temperature, args.threshold
+        temperature = args.temperature or model.temperature
         for goal, template in itertools.product(args.goal, templates):
-            negatives = [prompt for prompt in args.negatives if prompt != goal]
+            negatives = [prompt for prompt in args.negatives if prompt != goal and args.reward == "binary"]
             prompts = model.encode_text([goal, args.baseline, *negatives], templates[template]).cpu()
             for alpha in alphas:
                 formula = "binary reward" if alpha is None else f"alpha {alpha:g}"
@@ -730,7 +730,7 @@ def make_variants(models, embeddings, args):
                 if len(templates) > 1:
                     name += f", template {list(templates).index(template) + 1}"
                 threshold = args.threshold if alpha is None else None
-                rewards, scores = rewards_of(frames, prompts, alpha, *limits)
+                rewards, scores = rewards_of(frames, prompts, alpha, temperature, args.threshold)
                 about = (name, formula, clip, parameters, goal, template, alpha, threshold)
                 variants.append(Variant(*about, rewards, scores))
     return variants
@@ -772,7 +772,7 @@ def epic_distance(rewards, labels):
     """
     if len(rewards) < 2 or is_constant(rewards) or is_constant(labels):
         return None
-    return math.sqrt(max(0.0, 1.0 - float(pearsonr(rewards, labels).statistic)) / 2)
+    return math.sqrt((1.0 - float(pearsonr(rewards, labels).statistic)) / 2)
 
 
 def metrics_of(variant, labels, positive, chosen):
@@ -879,10 +879,6 @@ def evaluate_reward(args):
     facts = describe(variants, frames, xml_path, args)
     tables = list(make_tables(variants, described))
     write_page(out_dir, args.goal[0], facts, tables, notes, captions)
-    print("\n".join(facts))
-    for heading, table, explanation in tables:
-        print(f"\n{heading}\n{table.to_string(**AS_TEXT)}\n{explanation}")
-    print("\nNotes", *notes, f"\nreport in {out_dir / 'report.html'}", sep="\n")
     return out_dir
 
 
@@ -892,7 +888,7 @@ def evaluate_all_tasks(args):
     embeddings, rates = encode(sources, xml_path, models, args)
     rate_of = dict(zip(args.clip, rates, strict=True))
     humanoid = mujoco.MjModel.from_xml_path(xml_path)
-    rows, worst = [], (-1.0, None)
+    rows, judged = [], []
     for task in EIGHT:
         prompt, criterion = TASKS[task]
         for source in sources:
@@ -903,30 +899,27 @@ def evaluate_all_tasks(args):
             about = {"reward": variant.name, "task": task, "goal states": f"{share_of(frames[frames['counted']]):.1%}"}
             about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
             rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
-            worst = max(worst, (variant.metrics["epic"] or 0.0, (variant, frames, prompt)), key=lambda pair: pair[0])
+            judged.append((variant, frames))
     # As floats, so that means leave out what is None, where no state is the goal.
     table = pd.DataFrame(rows).astype(dict.fromkeys(METRICS.values(), float))
-    means = table.groupby("reward", sort=False)[list(METRICS.values())].mean()
-    means = table.drop_duplicates("reward").set_index("reward")[["frames/s", "parameters"]].join(means).reset_index()
+    groups = table.groupby(["reward", "frames/s", "parameters"], sort=False)
+    means = groups[list(METRICS.values())].mean().assign(tasks=groups["EPIC distance"].count()).reset_index()
 
-    variant, frames, prompt = worst[1]
+    variant, frames = max(judged, key=lambda pair: pair[0].metrics["epic"] or 0.0)  # the worst
     captions = {"heat_map": "ROC-AUC of each reward and task: guessing has 0.5."}
     plot_heat_map(table).savefig(out_dir / "heat_map.png")
     plot_contact_sheet(variant, sources, frames, xml_path, args).savefig(out_dir / "contact_sheet.png")
-    captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{prompt}", {variant.name}.'
+    captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{variant.goal}", {variant.name}.'
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
     each = table.drop(columns=["frames/s", "parameters"])
     explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
-    judged = table.dropna()["task"].nunique()  # tasks with goal states and others, whose metrics are defined
-    tables = [(f"Mean over the tasks, {judged} of {len(EIGHT)}", means, explanation), ("Each task", each, "")]
+    tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]
     results = {"args": asdict(args)}
     for name, rows in {"mean": means, "tasks": table}.items():
         results[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")
     (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str, allow_nan=False))
-    write_page(out_dir, "eight tasks of the Humanoid", facts, tables, [], captions)
-    for heading, shown, _ in tables:
-        print(f"\n{heading}\n{shown.to_string(**AS_TEXT)}")
-    print(f"\nreport in {out_dir / 'report.html'}")
+    notes = ["A mean is over those tasks that have states of both kinds and on which the reward is not constant."]
+    write_page(out_dir, "eight tasks of the Humanoid", facts, tables, notes, captions)
     return out_dir
 
 
@@ -1138,7 +1131,7 @@ def load_sources(args):
             robot, body = ("InvertedPendulum", "cart") if task == "pole" else ("Humanoid", "lwaist")
             if body not in bodies:
                 raise ValueError(f"{task} is a task of {robot}, not of {args.env_id}")
-        sources += [load_rollout(path, args.env_id, env.model) for path in args.rollouts]
+        sources += [load_rollout(path, args.env_id, env.model) for path in dict.fromkeys(args.rollouts)]
         sources += [make_sweep(spec, args.sweep_points, env) for spec in args.sweep]
         for source in sources if args.task in TASKS else ():
             source.table["label"] = meets(TASKS[args.task][1], env.model, source.qpos)
@@ -1160,20 +1153,16 @@ def load(args):
         (out_dir / "results.json").touch()  # a folder that can't be written to is an error now
         if xml_path:  # a missing EGL is an error now, before the models are loaded
             SceneRenderer(xml_path, (64, 64), **scene_of(args))(sources[0].qpos[0])
-        models = load_models(args)
-        tags = ["" if tag == "default" else f" {tag}" for tag in args.clip_pretrained] or [""] * len(args.clip)
-        args.clip = tuple(clip + tag for clip, tag in zip(args.clip, tags, strict=True))  # from here on names to show
-        return sources, xml_path, models, out_dir
+        return sources, xml_path, load_models(args), out_dir
 
 
 def load_models(args):
     """The CLIP models, after all of them have been found and the prompts are known to fit."""
     if not args.goal or not all(goal.strip() for goal in args.goal):
         raise ValueError("--goal is empty: describe the state to reach, or name a --task")
-    tags = args.clip_pretrained or ["default"] * len(args.clip)
-    tags = [None if tag == "default" else tag for tag in tags]
+    tags = [None if tag == "default" else tag for tag in args.clip_pretrained or ["default"] * len(args.clip)]
     found = [find_clip(clip, tag, args.image_resize_mode) for clip, tag in zip(args.clip, tags, strict=True)]
-    prompts = [*args.goal, *(args.negatives if args.reward == "binary" else [args.baseline])]
+    prompts = [*args.goal, args.baseline, *(args.negatives if args.reward == "binary" else ())]
     for prompt in prompts:
         if is_image(prompt):
             Image.open(prompt).close()  # a missing file is an error now, before frames are encoded
@@ -1181,6 +1170,7 @@ def load_models(args):
         check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts if not is_image(p) for t in args.template])
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
+    args.clip = tuple(f"{clip} {tag}" if tag else clip for clip, tag in zip(args.clip, tags, strict=True))  # to show
     return [CLIP(source, device, args.clip_precision, args.clip_batch_size) for source in found]
 
 
@@ -1210,8 +1200,7 @@ def notes_on(variants, sources, frames, args):
     for variant in variants:
         if is_constant(variant.rewards[counted.index]):
             yield f"{variant.name}: the reward is the same on all labelled frames, so nothing correlates with it."
-    defined = {name for variant in variants for name, value in variant.metrics.items() if value is not None}
-    if "false_positive_rate" in defined and args.reward == "binary":
+    if variants[0].metrics["false_positive_rate"] is not None and args.reward == "binary":
         yield f"For false positives the threshold on p is {args.threshold:g}; the metrics of ranking are those of p."
     episodes = counted["group"].nunique()
     if args.bootstrap and counted.loc[counted["kind"] == "rollout", "number"].nunique() > 1:
@@ -1220,8 +1209,9 @@ def notes_on(variants, sources, frames, args):
         yield "All labelled frames are of one episode (a sweep is one), so that there are no intervals."
     elif args.bootstrap and episodes < 10:
         yield f"The intervals come from only {episodes} episodes: take them as a rough guide."
-    if args.bootstrap and episodes > 1 and any(defined - variant.intervals.keys() for variant in variants):
-        yield "Too many resamples of the episodes held one class only: those metrics have no interval."
+    unsure = [v for v in variants for name in v.metrics if v.metrics[name] is not None and name not in v.intervals]
+    if args.bootstrap and episodes > 1 and unsure:
+        yield "Where a metric has no interval, it is not defined on too many of the resamples of the episodes."
 
 
 def rank_by_epic(variants):
@@ -1242,10 +1232,7 @@ def describe(variants, frames, xml_path, args):
     facts += [f"Goal {i}: {goal}" for i, goal in enumerate(args.goal, 1)]
     templates = dict.fromkeys(variant.template for variant in variants)
     facts += [f"Template {i}: {template}" for i, template in enumerate(templates, 1)]
-    if args.reward == "binary":
-        facts.append(f"Negatives: {'; '.join(args.negatives)}")
-    else:
-        facts.append(f"Baseline: {args.baseline}")
+    facts.append(f"Negatives: {'; '.join(args.negatives)}" if args.reward == "binary" else f"Baseline: {args.baseline}")
     models = dict.fromkeys(f"{v.clip} ({v.parameters / 1e6:,.1f}M parameters)" for v in variants)
     facts.append(f"Models: {', '.join(models)}")
     for best in rank_by_epic(variants)[:1]:
@@ -1275,9 +1262,7 @@ def make_tables(variants, described):
 
 def write_files(out_dir, variants, described, frames, notes, args):
     """Writes rewards.csv, a row a frame and a column a reward, and results.json."""
-    about = [vars(variant).copy() for variant in variants]
-    for values in about:
-        del values["rewards"], values["scores"]
+    about = [{k: v for k, v in vars(variant).items() if k not in ("rewards", "scores")} for variant in variants]
     table = frames.reindex(columns=["source", "episode", "step", "position", "label"])
     rewards = [pd.Series(variant.rewards, name=variant.name) for variant in variants]
     pd.concat([table, *rewards], axis=1).to_csv(out_dir / "rewards.csv", index=False, float_format="%.7g")
@@ -1298,23 +1283,22 @@ def draw_plots(out_dir, variants, sources, frames, xml_path, args):
     Where not every combination can be shown, it is the first wording and templates, for every model and alpha.
     """
     shown = [v for v in variants if v.goal == variants[0].goal and v.template == variants[0].template]
-    clips = list(dict.fromkeys(args.clip))
     plots = []
     if any(source.kind == "sweep" for source in sources):
         plots.append(plot_landscapes)
     if shown[0].metrics["roc_auc"] is not None:
         plots += [plot_precision_recall, plot_histograms]
-    if len(clips) > 1 and rank_by_epic(shown):
+    if len(args.clip) > 1 and rank_by_epic(shown):
         plots.append(plot_scale)
     captions = {}
     for plot in plots:
         name = plot.__name__.removeprefix("plot_")
         plot(shown, sources, frames).savefig(out_dir / f"{name}.png")
         captions[name] = plot.__doc__
-    for number, clip in enumerate(clips, 1):
+    for number, clip in enumerate(args.clip, 1):
         of_clip = [variant for variant in variants if variant.clip == clip]
         best = (rank_by_epic(of_clip) or of_clip)[0]
-        name = f"contact_sheet_{number}" if len(clips) > 1 else "contact_sheet"
+        name = f"contact_sheet_{number}" if len(args.clip) > 1 else "contact_sheet"
         plot_contact_sheet(best, sources, frames, xml_path, args).savefig(out_dir / f"{name}.png")
         captions[name] = f"{plot_contact_sheet.__doc__} Scored by {best.name}."
     return captions
@@ -1408,10 +1392,8 @@ def plot_scale(shown, sources, frames):
     """EPIC distance against the size of the model."""
     figure, (ax,) = make_panels(1)
     for formula in dict.fromkeys(variant.formula for variant in shown):
-        line = rank_by_epic(variant for variant in shown if variant.formula == formula)
-        line.sort(key=lambda variant: variant.parameters)
-        epic = [variant.metrics["epic"] for variant in line]
-        ax.plot([variant.parameters for variant in line], epic, "o-", label=formula)
+        line = sorted(rank_by_epic(v for v in shown if v.formula == formula), key=lambda variant: variant.parameters)
+        ax.plot([v.parameters for v in line], [v.metrics["epic"] for v in line], "o-", label=formula)
         for variant in line:
             ax.vlines(variant.parameters, *variant.intervals.get("epic", (np.nan, np.nan)), color="gray", alpha=0.5)
     ax.set(xscale="log", xlabel="parameters of the CLIP model", ylabel="EPIC distance (lower is better)")
@@ -1491,6 +1473,10 @@ def write_page(out_dir, goal, facts, tables, notes, captions):
         page += [f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"]
     page += [f"<p><code>{html.escape(shlex.join(sys.argv))}</code></p></html>"]
     (out_dir / "report.html").write_text("\n".join(page), encoding="utf-8")
+    print("\n".join(facts))
+    for heading, table, explanation in tables:
+        print(f"\n{heading}\n{table.to_string(**AS_TEXT)}\n{explanation}")
+    print("\nNotes", *notes, f"\nreport in {out_dir / 'report.html'}", sep="\n")
 
 
 # ---- checks and the command line
@@ -1534,7 +1520,7 @@ OF_THE_POLE |= dict(camera_distance=3.0, camera_lookat=(0.0, 0.0, 0.3))
 def flags_of_run(rollout):
     """The flags of the training run that a rollout is of, as far as they make its reward and its frames."""
     flags = {"env_id": read_rollout(rollout)["env_id"]}
-    path = rollout.parent.parent / "args.json"
+    path = rollout.absolute().parent.parent / "args.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     for name in OF_A_RUN:
         value = saved.get(name)
@@ -1562,7 +1548,7 @@ def read_flags():
     if args.rollouts:
         with one_line_errors(args.traceback):
             goals = list(filter(None, dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts)))
-            defaults = flags_of_run(args.rollouts[0])
+            defaults = defaults | flags_of_run(args.rollouts[0])
         if any(word.partition("=")[0] == "--clip" for word in sys.argv):
             defaults.pop("clip_pretrained", None)  # of the run's own model
     args = tyro.cli(Args, default=replace(args, **defaults))

@@ -274,9 +274,6 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, number, 
     result = finish(process, output, timeout=30)
     errors = result.stderr
     assert result.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
-    result = run("ppo_vlmrm", resume=tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    assert_same_end(tmp_path / "run", ppo_vlmrm.train(Args(**flags, run_dir=tmp_path / "whole")))
 
 
 def test_flags_that_would_change_the_numbers_are_refused_on_resume(tmp_path):

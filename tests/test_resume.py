@@ -133,13 +133,6 @@ def test_ten_kills_at_random_moments_leave_a_run_that_ends_the_same(tmp_path, re
     assert_same_end(run_dir, reference)
 
 
-def test_a_kill_of_the_main_process_leaves_no_environment_behind(tmp_path):
-    process, output = start("sac_vlmrm", **FLAGS, run_dir=tmp_path / "run", total_timesteps=10**6)
-    wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").exists())
-    assert len(session_members(process.pid)) >= 3  # itself and two environments
-    kill_run(process, output)  # nothing tells the others
-
-
 class StopAfter(list):
     """What a run takes for its received signals: a SIGTERM is among them once it was asked `n` times."""
 
