@@ -46,9 +46,7 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported: render without a window
 try:
     import mujoco
-except ModuleNotFoundError:  # a package is missing, not OpenGL
-    raise
-except (ImportError, AttributeError, OSError) as error:  # what PyOpenGL raises where there is no libEGL
+except AttributeError as error:  # what PyOpenGL raises where there is no libEGL
     print(f"error: no OpenGL without a display ({error}): apt-get install libegl1 libgl1-mesa-dri", file=sys.stderr)
     sys.exit(2)
 import gymnasium as gym
@@ -1008,13 +1006,9 @@ def find_clip(clip, pretrained=None, resize_mode=None):
 def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
-        words = prompt.split()
-        if not torch.equal(tokenizer([f"{prompt} robot"]), tokenizer([prompt])):
-            continue  # there was room for another word
-        while len(words) > 1 and torch.equal(tokenizer([" ".join(words[:-1])]), tokenizer([prompt])):
-            words.pop()
-        if len(words) < len(prompt.split()):
-            raise ValueError(f'the prompt "{prompt}" is too long: the model would see nothing after "{words[-1]}"')
+        tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):
+            raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
 
 
 def build_scene(xml_path, restyle):

@@ -417,14 +417,13 @@ class Payload:
         return os.system, ("touch pwned",)
 
 
-def test_broken_and_foreign_checkpoints_are_one_line_and_run_nothing(tmp_path, reference, monkeypatch):
+def test_broken_checkpoints_are_one_line_and_run_nothing(tmp_path, reference, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = (reference / "checkpoint.pt").read_bytes()
     contents = {"pickle": pickle.dumps(Payload()), "cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}
     for name, content in contents.items():
         Path(name).write_bytes(content)
-    torch.save({"model": torch.zeros(2)}, "foreign")
-    for name in (*contents, "foreign"):
+    for name in contents:
         with pytest.raises(ValueError, match=f"^{name} is truncated or no checkpoint"):
             sac_vlmrm.load_checkpoint(Path(name))
     assert not Path("pwned").exists()

@@ -755,7 +755,7 @@ BAD_INPUT = {
     "weights tag": (["--clip", "ViT-B-32", "--clip-pretrained", "nobody"], "laion2b_s34b_b79k"),
     "weights of a directory": (["--clip", TINY_CLIP, "--clip-pretrained", "openai"], "--clip-pretrained"),
     "not cached": (["--clip", "ViT-B-32"], "laion2b_s34b_b79k"),
-    "long prompt": (["--clip", TINY_CLIP, "--goal", "a humanoid robot " + "that is kneeling " * 20], 'after "'),
+    "long prompt": (["--clip", TINY_CLIP, "--goal", "a humanoid robot " + "that is kneeling " * 20], "too long"),
     "run folder": (["--clip", TINY_CLIP, "--run-dir", "/dev/null/run"], "/dev/null/run"),
     "resume": (["--resume", str(ROOT / "docs")], "docs: no run"),
     "play": (["--play", str(ROOT / "docs")], "docs: no run"),

@@ -101,9 +101,9 @@ sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[
 sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
 sac | what is not to be swapped is | device=device) < relabel => device=device) > relabel
 sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
-both | frames are scored too early | frames[: (t + 1) * pixels.shape[1]] => frames[: (t + 2) * pixels.shape[1]]
-both | part of a chunk is scored ahead | // self.clip.batch_size * self.clip.batch_size] => // 1]
-both | what was scored is scored again | range(size * len(self.chunks), len => range(0, len
+both | frames are scored too early | frames, (t + 1) * pixels.shape[1] => frames, (t + 2) * pixels.shape[1]
+both | part of a chunk is scored ahead | // self.chunk_size * self.chunk_size] => // 1]
+both | what was scored is scored again | range(self.chunk_size * len(self.chunks), len => range(0, len
 both | nothing is scored ahead | clip_reward.score_ahead(frames => (frames
 ppo | actions are not sampled | actions[t] = policy.sample() => actions[t] = policy.mean
 ppo | statistics of the rollout are not kept | agent.normalizer.update(torch => (torch
@@ -128,7 +128,7 @@ both | scores goal 0 | run.frame_shape), [goal_id]) => run.frame_shape), [0])
 both | the same episodes again | seeds[first : first + args.num_envs] => seeds[: args.num_envs]
 both | rewards after an episode's end | clip_rewards * alive => clip_rewards
 both | success does not end an evaluation | (clip_rewards[:, t - 1] == 0) => True
-both | more episodes than asked for | for steps in rounds])[: args.eval_episodes] => for steps in rounds])
+both | more episodes than asked for | for part in rounds])[: args.eval_episodes] => for part in rounds])
 both | evaluations start elsewhere | episode_seeds(args.seed, start_key, => episode_seeds(global_step, start_key,
 both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
 both | best.pt by the environment's reward | result.get("clip_rewards", result["env_rewards"]) => result["env_rewards"]
