@@ -1598,7 +1598,7 @@ def parse_args():
             if named.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
         args = tyro.cli(Args)
-        if {"a", "an", "the"} & set(args.goal):
+        if len(args.goal) > 1 and {"a", "an", "the"} & set(args.goal):
             raise ValueError(f"--goal {' '.join(args.goal)}: that is {len(args.goal)} goals, put a sentence in quotes")
         resume, run_dir = args.resume, args.run_dir
         if resume == Path("auto"):

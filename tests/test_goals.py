@@ -286,7 +286,7 @@ BAD_INPUT = {
     "goal is negative": (["--reward", "binary", "--goal", "a", "--negatives", "a"], "--negatives"),
     "termination without success": (["--terminate-on-success"], "--reward binary"),
     "goals of the environment": (["--reward", "env", "--goal", "a robot", "b"], "--reward env"),
-    "empty goal": (["--goal", "a", " "], "--goal"),
+    "empty goal": (["--goal", "a robot", " "], "is empty"),
     "goals one by one": (["--goal", "a", "--goal", "b"], "given twice"),
     "goals one by one with signs": (["--eval-goal=a", "--eval_goal", "b"], "given twice"),
     "no wandb": (["--track"], "wandb"),
@@ -310,16 +310,13 @@ def test_flags_that_cannot_work_together_are_one_line_and_status_2(script, words
 
 
 @pytest.mark.parametrize("script", [sac_vlmrm, ppo_vlmrm], ids=["sac", "ppo"])
-def test_goals_may_be_in_any_script(script, monkeypatch):
-    goals = ("跪着的机器人", "站着的机器人")
+@pytest.mark.parametrize("goals", [("跪着的机器人", "站着的机器人"), ("bed", "sofa")])
+def test_goals_may_be_in_any_script_and_single_words(script, goals, monkeypatch):
     monkeypatch.setattr("sys.argv", ["script", "--goal", *goals])
     args = script.parse_args()
     script.check_args(args)
-    assert (
-        args.goal == goals
-        and script.slug(goals[0]) == goals[0]
-        and script.slug("A robot, kneeling.") == "a-robot-kneeling"
-    )
+    assert args.goal == goals and script.slug(goals[0]) == goals[0]
+    assert script.slug("A robot, kneeling.") == "a-robot-kneeling"
 
 
 OUT_OF_RANGE = {

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, finish, load, one_line, run, scalars, start
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import ppo_vlmrm
@@ -410,6 +411,17 @@ def test_a_run_whose_clip_has_moved_is_resumed_but_not_one_whose_clip_has_change
     with pytest.raises(SystemExit) as stopped:
         sac_vlmrm.train(Args(**flags, resume=tmp_path / "run", total_timesteps=80))
     assert stopped.value.code == 2 and "has changed since" in capsys.readouterr().err
+
+
+def test_a_run_of_many_goals_is_not_resumed_with_one_of_their_images_changed(tmp_path, capsys):
+    image = shutil.copy(Path(TINY_CLIP) / "kneeling.png", tmp_path / "goal.png")
+    goals = (str(image), *(f"robot number {i}" for i in range(40)))
+    flags = dict(FLAGS, reward="regularized", clip=TINY_CLIP, goal=goals)
+    sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "run", total_timesteps=20))
+    ImageOps.flip(Image.open(image)).save(image)
+    with pytest.raises(SystemExit):
+        sac_vlmrm.train(Args(**flags, resume=tmp_path / "run", total_timesteps=40))
+    assert "has changed since" in capsys.readouterr().err
 
 
 class Payload:
