@@ -903,7 +903,7 @@ def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
-        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
             raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
 
 

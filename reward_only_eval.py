@@ -916,7 +916,7 @@ def evaluate_all_tasks(args):
     for name, rows in {"mean": means, "tasks": table}.items():
         results[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")
     (out_dir / "results.json").write_text(json.dumps(results, indent=2, default=str, allow_nan=False))
-    notes = ["A mean is over those tasks that have states of both kinds and on which the reward is not constant."]
+    notes = ["`tasks`: on so many EPIC is defined, with states of both kinds and a reward that is not constant."]
     write_page(out_dir, "eight tasks of the Humanoid", facts, tables, notes, captions)
     return out_dir
 
@@ -1007,7 +1007,7 @@ def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
-        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
             raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
 
 
@@ -1151,7 +1151,7 @@ def load(args):
 
 
 def load_models(args):
-    """The CLIP models, after all of them have been found and the prompts are known to fit."""
+    """The CLIP models, once all are found and the prompts fit; `args.clip` becomes their names, with each tag."""
     if not args.goal or not all(goal.strip() for goal in args.goal):
         raise ValueError("--goal is empty: describe the state to reach, or name a --task")
     tags = [None if tag == "default" else tag for tag in args.clip_pretrained or ["default"] * len(args.clip)]
@@ -1164,7 +1164,7 @@ def load_models(args):
         check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts if not is_image(p) for t in args.template])
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
-    args.clip = tuple(f"{clip} {tag}" if tag else clip for clip, tag in zip(args.clip, tags, strict=True))  # to show
+    args.clip = tuple(f"{clip} {tag}" if tag else clip for clip, tag in zip(args.clip, tags, strict=True))
     return [CLIP(source, device, args.clip_precision, args.clip_batch_size) for source in found]
 
 
@@ -1450,7 +1450,7 @@ EXPLANATIONS = {  # of columns
 
 
 def write_page(out_dir, goal, facts, tables, notes, captions):
-    """Writes report.html, a page with everything in it, the plots too."""
+    """Writes report.html, a page with everything in it, the plots too, and prints its text."""
     title = html.escape(f"Is this reward any good? {goal}")
     page = ["<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"]
     page += [f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]

@@ -1029,7 +1029,7 @@ def check_prompts(tokenizer, prompts):
     """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
     for prompt in prompts:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
-        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
             raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
 
 
@@ -1542,7 +1542,7 @@ def save_rows(buffer, path):
 
 def load_rows(buffer, path, total):
     """Reads a replay buffer as it was when it had been given `total` rows. ValueError if the file lacks some."""
-    ring, width, part = 2 * buffer.capacity, buffer.rows.shape[1], 65536  # rows read at a time spare the memory
+    ring, width, part = 2 * buffer.capacity, buffer.rows.shape[1], 65536  # rows at a time, to spare memory
     if path.stat().st_size < min(total, ring) * buffer.rows[0].nbytes:
         raise ValueError(f"--resume: {path} is truncated")
     rows = np.memmap(path, np.float32, "r", shape=(min(total, ring), width)) if total else None

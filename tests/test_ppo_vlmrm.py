@@ -265,15 +265,16 @@ def test_resuming_is_exact_also_with_clip_and_several_goals(tmp_path):
 
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_a_checkpoint_to_resume_from(tmp_path, number, status):
-    flags = FLAGS | dict(total_timesteps=4000)
+    flags = FLAGS | dict(total_timesteps=4000, checkpoint_every=4000)  # none is due before the end
     process, output = start("ppo_vlmrm", **flags, run_dir=tmp_path / "run")
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
+    while not (tmp_path / "run" / "best.pt").exists():
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, number)
     result = finish(process, output, timeout=30)
     errors = result.stderr
     assert result.returncode == status and "--resume" in errors and "Traceback" not in errors, errors
+    assert 80 <= load(tmp_path / "run")["global_step"] < 4000
 
 
 def test_flags_that_would_change_the_numbers_are_refused_on_resume(tmp_path):
