@@ -60,7 +60,6 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
 from matplotlib.figure import Figure  # without pyplot: no window, whatever the backend
-from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
@@ -217,9 +216,8 @@ class CLIP:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        settings = {"device": self.device, "precision": precision, "require_pretrained": True}
-        self.model = open_clip.create_model(**source.model, **settings)
-        self.model.eval().requires_grad_(False)
+        model = open_clip.create_model(**source.model, device=self.device, precision=precision, require_pretrained=True)
+        self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -252,7 +250,7 @@ class CLIP:
 
     def preprocess(self, frames):
         """open_clip's evaluation transform: uint8 [N, H, W, 3] to float32 [N, 3, h, w] on the device."""
-        if tuple(frames.shape[1:3]) != self.size:  # frames rendered at the model's size, the usual case, need no resize
+        if frames.shape[1:3] != self.size:  # frames rendered at the model's size, the usual case, need no resize
             return torch.stack([self.transform(Image.fromarray(frame.numpy())) for frame in frames]).to(self.device)
         images = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # uint8 until it is on the device
         return (images.float() / 255.0 - self.mean) / self.std
@@ -271,7 +269,7 @@ class SceneRenderer:
     def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
         self.model = build_scene(xml_path, restyle)
         self.data = mujoco.MjData(self.model)
-        self.size, self.lookat, self.follow = size, tuple(lookat), follow
+        self.size, self.lookat, self.follow = size, lookat, follow
         self.camera = mujoco.MjvCamera()
         self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
         self.renderer = None
@@ -319,7 +317,7 @@ class Source:
         """One frame, uint8 [H, W, 3]."""
         if self.qpos is not None:
             return render(self.qpos[row])
-        if is_image(self.files[0].name):
+        if is_image(self.files[0].name) and len(self.files) == len(self.table):  # else a video, or an animation
             return np.array(ImageOps.exif_transpose(Image.open(self.files[row])).convert("RGB"))
         if self.video is None:
             self.video = imageio.get_reader(self.files[0])
@@ -438,7 +436,7 @@ def encode(sources, xml_path, models, args):
 
     Rendered once for each input size; the models of one size see the same frames.
     """
-    sizes = [(args.render_size, args.render_size) if args.render_size else tuple(model.size) for model in models]
+    sizes = [(args.render_size, args.render_size) if args.render_size else model.size for model in models]
     embeddings, seconds = [[] for _ in models], np.zeros(len(models))
     total = sum(len(source.table) for source in sources) * len(set(sizes))
     progress = tqdm(total=total, desc="encode", unit=" frames", **PROGRESS_BAR)
@@ -740,9 +738,7 @@ def gather_frames(sources, threshold):
     Those are number and kind of the source, and the row there; group, the episode's number over all sources; counted,
     whether the metrics are over this frame; goal_state, 1 or 0, or NaN: no label, or a graded one and no threshold.
     """
-    tables = [
-        source.table.assign(number=i, row=source.table.index, kind=source.kind) for i, source in enumerate(sources)
-    ]
+    tables = [s.table.assign(number=i, row=s.table.index, kind=s.kind) for i, s in enumerate(sources)]
     frames = pd.concat(tables, ignore_index=True)
     frames["group"] = frames.groupby(["number", "episode"]).ngroup()
     labelled = frames["label"].notna()
@@ -976,7 +972,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
         file = Path(clip) / "open_clip_config.json"
         if is_hub:
-            file = download_pretrained_from_hf(clip.removeprefix("hf-hub:"), file.name)
+            file = huggingface_hub.hf_hub_download(clip.removeprefix("hf-hub:"), file.name)
         config = json.loads(Path(file).read_text())
         architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
     else:
@@ -990,22 +986,23 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         if tag not in tags and not Path(tag).is_file():
             raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
         preprocess = open_clip.get_pretrained_cfg(name, tag)
-        # The weights know the activation that they were trained with; open_clip would only warn of another one.
-        quick_gelu = preprocess.get("quick_gelu", False)
         if not preprocess:
             fact = f"a file does not tell: taken to want OpenAI's pixel mean and std, and the activation of {name}"
             advice = "else give a folder with an open_clip_config.json as --clip"
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
-        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
+        # The weights know the activation that they were trained with; open_clip would only warn of another one.
+        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": preprocess.get("quick_gelu", False)}
     known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
     config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
     config.resize_mode = resize_mode or config.resize_mode
     return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
 
 
-def check_prompts(tokenizer, prompts):
-    """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
-    for prompt in prompts:
+def check_prompts(tokenizer, prompts, templates=("{}",)):
+    """Raises ValueError over what a CLIP model's context would cut silently, OSError over a missing image."""
+    for prompt in filter(is_image, prompts):
+        Image.open(prompt).close()
+    for prompt in [t.replace("{}", p) for p in prompts if not is_image(p) for t in templates]:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
         if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
             raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
@@ -1157,13 +1154,9 @@ def load_models(args):
     tags = [None if tag == "default" else tag for tag in args.clip_pretrained or ["default"] * len(args.clip)]
     found = [find_clip(clip, tag, args.image_resize_mode) for clip, tag in zip(args.clip, tags, strict=True)]
     prompts = [*args.goal, args.baseline, *(args.negatives if args.reward == "binary" else ())]
-    for prompt in prompts:
-        if is_image(prompt):
-            Image.open(prompt).close()  # a missing file is an error now, before frames are encoded
     for source in found:
-        check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts if not is_image(p) for t in args.template])
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if args.device == "auto" else args.device
+        check_prompts(source.tokenizer, prompts, args.template)
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     args.clip = tuple(f"{clip} {tag}" if tag else clip for clip, tag in zip(args.clip, tags, strict=True))
     return [CLIP(source, device, args.clip_precision, args.clip_batch_size) for source in found]
 
@@ -1521,9 +1514,7 @@ def flags_of_run(rollout):
         if value is None or value == "env":  # a run on the environment's reward has no CLIP reward
             continue
         if name == "reward" and value not in ("regularized", "binary"):
-            raise ValueError(
-                f"{path}: --reward {value} is not one of this script's: add it to `Args` and `make_variants`"
-            )
+            raise ValueError(f"{path}: --reward {value} is not one of this script's: add it to Args and make_variants")
         if name in ("alpha", "clip", "clip_pretrained"):  # one there, several here
             value = [value]
         flags[name] = tuple(value) if isinstance(value, list) else value

@@ -65,7 +65,6 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
 from gymnasium.envs.mujoco import MujocoEnv
-from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from OpenGL import GL
 from PIL import Image, ImageDraw, ImageOps
@@ -303,9 +302,8 @@ class CLIP:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         # Without require_pretrained missing weights leave a random model; without eval BatchNorm is in training mode.
-        settings = {"device": self.device, "precision": precision, "require_pretrained": True}
-        self.model = open_clip.create_model(**source.model, **settings)
-        self.model.eval().requires_grad_(False)
+        model = open_clip.create_model(**source.model, device=self.device, precision=precision, require_pretrained=True)
+        self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompts, templates=("{}",)):
@@ -338,7 +336,7 @@ class CLIP:
 
     def preprocess(self, frames):
         """open_clip's evaluation transform: uint8 [N, H, W, 3] to float32 [N, 3, h, w] on the device."""
-        if tuple(frames.shape[1:3]) != self.size:  # frames rendered at the model's size, the usual case, need no resize
+        if frames.shape[1:3] != self.size:  # frames rendered at the model's size, the usual case, need no resize
             return torch.stack([self.transform(Image.fromarray(frame.numpy())) for frame in frames]).to(self.device)
         images = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # uint8 until it is on the device
         return (images.float() / 255.0 - self.mean) / self.std
@@ -800,7 +798,7 @@ def train(args):
             elif not args.terminate_on_success:
                 rewards[:, run.mine] = clip_reward(frames, range(n_goals)).reshape(*pixels.shape[:2], n_goals)
             by = f" by CLIP in {clip_reward.clip.precision} (see --clip-precision)" if clip_reward else ""
-            check_finite(f"a reward{by}", rewards, global_step)
+            check_finite(f"a reward{by}", rewards, first_step)
             gather_columns(run, states, actions, goal_ids, rewards, next_states, env_rewards, terminated, ended)
             if RANK > 0:  # gets rank 0's agent, after its updates
                 share_agent(agent)
@@ -991,7 +989,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
         file = Path(clip) / "open_clip_config.json"
         if is_hub:
-            file = download_pretrained_from_hf(clip.removeprefix("hf-hub:"), file.name)
+            file = huggingface_hub.hf_hub_download(clip.removeprefix("hf-hub:"), file.name)
         config = json.loads(Path(file).read_text())
         architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
     else:
@@ -1005,13 +1003,12 @@ def find_clip(clip, pretrained=None, resize_mode=None):
         if tag not in tags and not Path(tag).is_file():
             raise ValueError(f"--clip-pretrained {tag}: no weights of {name}, which has {', '.join(tags)}")
         preprocess = open_clip.get_pretrained_cfg(name, tag)
-        # The weights know the activation that they were trained with; open_clip would only warn of another one.
-        quick_gelu = preprocess.get("quick_gelu", False)
         if not preprocess:
             fact = f"a file does not tell: taken to want OpenAI's pixel mean and std, and the activation of {name}"
             advice = "else give a folder with an open_clip_config.json as --clip"
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
-        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": quick_gelu}
+        # The weights know the activation that they were trained with; open_clip would only warn of another one.
+        model = {"model_name": name, "pretrained": tag, "force_quick_gelu": preprocess.get("quick_gelu", False)}
     known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
     config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
     config.resize_mode = resize_mode or config.resize_mode
@@ -1025,9 +1022,11 @@ def drop_text_tower(model):
             delattr(model, name)
 
 
-def check_prompts(tokenizer, prompts):
-    """Raises ValueError over prompts longer than a CLIP model's context, whose tokenizer would cut them silently."""
-    for prompt in prompts:
+def check_prompts(tokenizer, prompts, templates=("{}",)):
+    """Raises ValueError over what a CLIP model's context would cut silently, OSError over a missing image."""
+    for prompt in filter(is_image, prompts):
+        Image.open(prompt).close()
+    for prompt in [t.replace("{}", p) for p in prompts if not is_image(p) for t in templates]:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
         if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
             raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
@@ -1105,7 +1104,7 @@ class SceneRenderer:
     def __init__(self, xml_path, size, *, distance, elevation, azimuth, lookat, follow, restyle):
         self.model = build_scene(xml_path, restyle)
         self.data = mujoco.MjData(self.model)
-        self.size, self.lookat, self.follow = size, tuple(lookat), follow
+        self.size, self.lookat, self.follow = size, lookat, follow
         self.camera = mujoco.MjvCamera()
         self.camera.distance, self.camera.elevation, self.camera.azimuth = distance, elevation, azimuth
         self.renderer = None
@@ -1169,14 +1168,12 @@ def start_workers(args, config):
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(index))
     # Spawned workers would each import torch again (seconds, 500 MB); forking after OpenGL or CUDA has started hangs.
     forkable = sys.platform == "linux" and SceneRenderer.opened_by != os.getpid() and not torch.cuda.is_initialized()
-    settings = {"copy": False, "context": "fork" if forkable else "spawn"}
-    settings["autoreset_mode"] = gym.vector.AutoresetMode.DISABLED
-    # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    envs = gym.vector.AsyncVectorEnv([make_env] * (args.num_envs // WORLD), **settings)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return envs
+    settings = {"copy": False, "context": "fork" if forkable else "spawn", "autoreset_mode": "Disabled"}
+    with contextlib.ExitStack() as stack:
+        # Inherited: a signal to the whole process group (Ctrl-C, Slurm's) is the main process's to answer.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+        return gym.vector.AsyncVectorEnv([make_env] * (args.num_envs // WORLD), **settings)
 
 
 @contextlib.contextmanager
@@ -1306,7 +1303,7 @@ def episode_seeds(*key, n):
 
     A key is the run's seed, a number of the purpose (0 training, 1 evaluation, 2 play), and in training frame and step.
     """
-    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(n)]
+    return np.random.SeedSequence(key).generate_state(n).tolist()
 
 
 @contextlib.contextmanager
@@ -1327,12 +1324,10 @@ def stop_signals():
         elif time.monotonic() - first > 3.0:  # sooner, it may be the same one: torchrun passes on what it gets itself
             os._exit(128 + number)
 
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -1365,8 +1360,8 @@ def start_run(args):
             config = PreprocessCfg(size=32)  # without CLIP nobody looks at the frames
             if args.reward != "env":
                 source = find_clip(args.clip, args.clip_pretrained, args.image_resize_mode)
-                prompts = [prompt for prompt in itertools.chain(*prompts_of(args)) if not is_image(prompt)]
-                check_prompts(source.tokenizer, [t.replace("{}", p) for p in prompts for t in args.template])
+                prompts = [*itertools.chain(*prompts_of(args))]
+                check_prompts(source.tokenizer, prompts, args.template)
                 config = source.config
             # Workers start before CUDA or a model is up, so that they can be forked.
             run.envs = stack.enter_context(make_envs(args, config))
@@ -1600,22 +1595,22 @@ def evaluate(args, run, agent, goal_id, seeds):
     return {**result, "pixels": shown, "film": film}
 
 
-def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, prefix=""):
+def evaluate_goals(args, run, agent, global_step, goal_ids=None):
     """Evaluates the agent on goals (default: all, the held-out ones too); writes videos, image strips and rollouts.
 
-    Episodes of the same `start_key` have the same starts; `prefix` begins the files' names. Returns the scalars to log
-    and a score that orders agents, of the goals that are trained on: their mean return (the CLIP return, or with
-    `--reward env` the environment's), and with --terminate-on-success how fast they are, minus the mean length.
+    Returns the scalars to log and a score that orders agents, of the goals that are trained on: their mean return (the
+    CLIP return, or with `--reward env` the environment's), and with --terminate-on-success how fast they are, minus the
+    mean length.
     """
     charts, returns, lengths, goals = {}, [], [], [*args.goal, *args.eval_goal]
-    seeds = episode_seeds(args.seed, start_key, n=args.eval_episodes + args.num_envs)
+    seeds = episode_seeds(args.seed, 2 if args.play else 1, n=args.eval_episodes + args.num_envs)
     for goal_id in range(len(goals)) if goal_ids is None else goal_ids:
         result = evaluate(args, run, agent, goal_id, seeds)
         if RANK > 0:
             continue
         pixels, film, length = result.pop("pixels"), result.pop("film"), result["lengths"][0]
         curve = f"/{slug(goals[goal_id])}" if len(goals) > 1 else ""
-        file = f"{prefix}{global_step}{curve.replace('/', '-')}"
+        file = f"{'play-' if args.play else ''}{global_step}{curve.replace('/', '-')}"
         for name in [name for name in ("clip_rewards", "env_rewards") if name in result]:
             charts[f"eval/{name.replace('rewards', 'return')}{curve}"] = result[name].sum(1).mean()
         if args.reward == "binary":  # VLM-SR's measure: was the goal reached at all
@@ -1640,10 +1635,10 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None, start_key=1, pr
     return charts, (mean_return, -float(np.mean(lengths[: len(args.goal)])) if args.terminate_on_success else 0.0)
 
 
-def write_video(path, frames, rewards, fps=30):
+def write_video(path, frames, rewards):
     """Writes frames [T, H, W, 3] as an mp4 with the step and its reward on each."""
     low, high = float(np.min(rewards)), float(np.max(rewards))
-    with imageio.get_writer(path, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
+    with imageio.get_writer(path, fps=30, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
         for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
             image = Image.fromarray(frame)
             draw = ImageDraw.Draw(image)
@@ -1691,7 +1686,7 @@ def play(args):
         agent = make_agent(args, run)
         with one_line_errors(args.traceback):
             agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
-        charts, _ = evaluate_goals(args, run, agent, run.first_step, asked, start_key=2, prefix="play-")
+        charts, _ = evaluate_goals(args, run, agent, run.first_step, asked)
     for name, value in charts.items():
         print(f"{name.removeprefix('eval/')}: {value:.2f}")
     return f"{run.dir}/videos and {run.dir}/rollouts, play-{run.first_step}*"
@@ -1707,7 +1702,6 @@ def check_args(args):
         raise ValueError(f"--num-envs {args.num_envs} is not a multiple of the {WORLD} processes that torchrun started")
     if args.play and WORLD > 1:
         raise ValueError("--play needs one process: start it without torchrun")
-    device_of(args)
     if args.track:
         __import__("wandb")  # a missing one is an error now
     if not args.goal or not all(goal.strip() for goal in goals):

@@ -149,6 +149,8 @@ def test_only_prompts_that_the_context_cuts_are_too_long():
     check_prompts(tokenizer, ["a robot that is kneeling .", "a robot " * 7])  # 14 words, beside the start and the end
     with pytest.raises(ValueError, match="not see its last word"):
         check_prompts(tokenizer, ["a robot " * 7 + "that is kneeling"])
+    with pytest.raises(FileNotFoundError):  # before any weights are downloaded
+        check_prompts(tokenizer, ["no-such-file.png"])
 
 
 def test_a_file_may_hold_the_weights_of_an_architecture_that_open_clip_has_none_of(tmp_path, capsys, monkeypatch):

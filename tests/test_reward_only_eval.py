@@ -355,9 +355,11 @@ def test_images_are_in_the_order_of_their_numbers_and_upright(tmp_path):
     loaded = reward_only_eval.load_frames(tmp_path / "images")
     assert [frame[0, 0, 0] for chunk in loaded.chunks(None) for frame in chunk] == list(range(12))
     assert loaded.frame(None, 2).shape == (8, 4, 3) and loaded.frame(None, 3).shape == (4, 8, 3)
-    imageio.mimsave(tmp_path / "a.gif", [np.full((6, 6, 3), i, np.uint8) for i in (0, 100, 200)])
-    (frames,) = reward_only_eval.load_frames(tmp_path / "a.gif").chunks(None)
-    assert frames.shape == (3, 6, 6, 3) and frames[:, 0, 0, 0].tolist() == [0, 100, 200]
+    for name in ("a.gif", "a.webp"):
+        first, *more = (Image.fromarray(np.full((6, 6, 3), i, np.uint8)) for i in (0, 100, 200))
+        first.save(tmp_path / name, save_all=True, append_images=more, lossless=True)
+        (frames,) = reward_only_eval.load_frames(tmp_path / name).chunks(None)
+        assert frames.shape == (3, 6, 6, 3) and frames[:, 0, 0, 0].tolist() == [0, 100, 200]
 
 
 def test_a_reward_that_is_not_finite_is_no_perfect_one():

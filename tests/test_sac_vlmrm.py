@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -779,6 +780,7 @@ def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:  # as the command would, without the seconds that its imports take
         runpy.run_path(str(ROOT / "sac_vlmrm.py"), run_name="__main__")
     assert named in one_line(SimpleNamespace(returncode=stopped.value.code, stderr=capsys.readouterr().err))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # also where the workers did not start
 
 
 def test_traceback_shows_the_whole_error(tmp_path):

@@ -129,7 +129,7 @@ both | the same episodes again | seeds[first : first + args.num_envs] => seeds[:
 both | rewards after an episode's end | clip_rewards * alive => clip_rewards
 both | success does not end an evaluation | (clip_rewards[:, t - 1] == 0) => True
 both | more episodes than asked for | for part in rounds])[: args.eval_episodes] => for part in rounds])
-both | evaluations start elsewhere | episode_seeds(args.seed, start_key, => episode_seeds(global_step, start_key,
+both | evaluations start elsewhere | episode_seeds(args.seed, 2 if => episode_seeds(global_step, 2 if
 both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
 both | best.pt by the environment's reward | result.get("clip_rewards", result["env_rewards"]) => result["env_rewards"]
 both | other processes' transitions are lost | array.copy_(torch.cat([part[i] for part in parts], 1)) => pass
