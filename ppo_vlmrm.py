@@ -257,14 +257,6 @@ def binary_reward(frames, goals, negatives, temperature, threshold):
     return torch.where(probabilities.isnan(), torch.nan, probabilities > threshold).float()  # a NaN is no failure
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
-
-def is_image(prompt):
-    """Whether a prompt names an image file, by its ending."""
-    return prompt.lower().endswith(IMAGES)
-
-
 class CLIP:
     """An open_clip model that embeds frames and prompts. `source` comes from `find_clip`.
 
@@ -331,11 +323,6 @@ class CLIP:
             return torch.stack([self.transform(Image.fromarray(frame.numpy())) for frame in frames]).to(self.device)
         images = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # uint8 until it is on the device
         return (images.float() / 255.0 - self.mean) / self.std
-
-
-def prompts_of(args):
-    """All that the reward compares frames with: the goals, the held-out ones, the negatives and the baseline."""
-    return args.goal, args.eval_goal, args.negatives, (args.baseline,)
 
 
 class ClipReward:
@@ -893,6 +880,19 @@ def drop_text_tower(model):
     for name in ("text", "text_decoder", "transformer", "token_embedding"):
         if hasattr(model, name):
             delattr(model, name)
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def is_image(prompt):
+    """Whether a prompt names an image file, by its ending."""
+    return prompt.lower().endswith(IMAGES)
+
+
+def prompts_of(args):
+    """All that the reward compares frames with: the goals, the held-out ones, the negatives and the baseline."""
+    return args.goal, args.eval_goal, args.negatives, (args.baseline,)
 
 
 def check_prompts(tokenizer, prompts, templates=("{}",)):
