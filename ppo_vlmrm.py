@@ -898,7 +898,7 @@ def prompts_of(args):
 def check_prompts(tokenizer, prompts, templates=("{}",)):
     """Raises ValueError over what a CLIP model's context would cut silently, OSError over a missing image."""
     for prompt in filter(is_image, prompts):
-        Image.open(prompt).close()
+        Image.open(prompt).close()  # now, before weights are downloaded
     for prompt in [t.replace("{}", p) for p in prompts if not is_image(p) for t in templates]:
         tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
         if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last

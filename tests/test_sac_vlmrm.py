@@ -777,10 +777,11 @@ def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path, monkeypatch,
         assert named in one_line(run("sac_vlmrm", *where, *flags, env=offline))
         return
     monkeypatch.setattr("sys.argv", ["sac_vlmrm.py", *map(str, where), *flags])
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:  # as the command would, without the seconds that its imports take
         runpy.run_path(str(ROOT / "sac_vlmrm.py"), run_name="__main__")
     assert named in one_line(SimpleNamespace(returncode=stopped.value.code, stderr=capsys.readouterr().err))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # also where the workers did not start
+    assert signal.getsignal(signal.SIGTERM) is handler  # also where the workers did not start
 
 
 def test_traceback_shows_the_whole_error(tmp_path):
