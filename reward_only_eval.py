@@ -77,7 +77,7 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     out_dir: Path | None = None
     """folder of the report (default: a new one under runs/)"""
     bootstrap: Natural = 500
-    """resamples of the episodes for the 95% intervals; 0 leaves the intervals out"""
+    """resamples of the episodes for the 95% intervals, which --task all does without; 0 leaves the intervals out"""
     traceback: bool = False
     """show errors before the first frame with their traceback, instead of in one line"""
 
@@ -1435,8 +1435,8 @@ EXPLANATIONS = {  # of columns
     "were judged, and on that share. Brackets, where there are some, are 95% intervals from a bootstrap over episodes.",
     "false positives": "False positives: the share of the other states above the threshold. A regularized reward has "
     "no threshold in training; here it gets the one with the highest F1 on these states.",
-    "success_rate": "A trajectory succeeds if it is in the goal state for half of its steps (VLM-RM); low and high are "
-    "the 95% Wilson interval.",
+    "success_rate": "A trajectory succeeds if half of its steps are in the goal state (VLM-RM), that of the labels, "
+    "whatever goal its agent had; low and high are the 95% Wilson interval.",
     "recorded": "Recorded is the reward here that is nearest to the one that training recorded: if they differ by more "
     "than 0.001, training had another model, alpha, template, camera or machine.",
 }
@@ -1477,8 +1477,9 @@ def check_flags(args):
         raise ValueError("--labels are for --frames, which is missing")
     if args.task not in (None, "all", *TASKS):
         raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}, all")
-    if args.task == "all" and (args.frames or set(args.goal or ()) != {TASKS[task][0] for task in EIGHT}):
-        raise ValueError("--task all judges states, not --frames, by the prompts of VLM-RM: leave --goal out")
+    prompts = {TASKS[task][0] for task in EIGHT}
+    if args.task == "all" and (args.frames or args.sweep or set(args.goal or ()) != prompts):
+        raise ValueError("--task all judges --rollouts by VLM-RM's prompts: leave --goal, --frames and --sweep out")
     models = tuple(itertools.zip_longest(args.clip, args.clip_pretrained))
     for flag, values in {"alpha": args.alpha, "clip": models, "template": args.template, "goal": args.goal}.items():
         if not values and flag != "goal":
@@ -1527,7 +1528,7 @@ def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
     args = tyro.cli(Args)
     goals = []
-    if args.task == "all" and not (args.rollouts or args.sweep or args.frames):
+    if args.task == "all" and not (args.rollouts or args.frames):
         args.rollouts = (Path(__file__).parent / "tests" / "humanoid_states.npz",)
     defaults = OF_THE_POLE if "pole" in (args.task, *args.sweep) else {}
     if args.rollouts:

@@ -466,6 +466,7 @@ def test_frames_after_the_end_of_an_episode_are_dropped(tmp_path):
 BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "all tasks and a goal": ("--task all --goal x", "--goal"),
     "all tasks of pictures": ("--task all --frames {}/images", "--frames"),
+    "all tasks of a line": ("--task all --sweep kneeling", "--sweep"),
     "nothing": ("--task kneeling", "--rollouts"),
     "missing rollout": ("--rollouts {}/no.npz", "no.npz"),
     "no rollout": ("--rollouts {}/text.npz", "text.npz"),

@@ -85,6 +85,8 @@ def draw(table, by, path):
 def main(args):
     model = gym.make("Humanoid-v5").unwrapped.model
     rows = [row for run_dir in args.runs for row in rows_of(run_dir, args.by, model)]
+    if not rows:
+        sys.exit(f"error: no goal of these runs is the prompt of a task ({', '.join(TASKS)})")
     table = pd.DataFrame(rows).sort_values([args.by, "run"])
     print(table.to_string(index=False, float_format="%.3f"))
     if args.figure:

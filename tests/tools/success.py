@@ -37,8 +37,13 @@ class Args:
 
 
 def lying(side):
-    """Criterion of lying: the torso below 0.3 m, and its front points up (side 1) or down (side -1) by 45 degrees."""
-    return lambda model, data: data.body("torso").xpos[2] < 0.3 and side * data.body("torso").xmat[6] > 0.7
+    """The criterion of lying with the front up (side 1) or down (side -1)."""
+
+    def criterion(model, data):
+        """The torso below 0.3 m, its front within 45 degrees of straight up or down."""
+        return data.body("torso").xpos[2] < 0.3 and side * data.body("torso").xmat[6] > 0.7
+
+    return criterion
 
 
 LYING = {
