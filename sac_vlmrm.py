@@ -94,7 +94,8 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     runs, and the path of its CLIP, may be changed; `auto` goes on in --run-dir if a checkpoint is there and else starts
     there, as a cluster's requeued job needs it"""
     play: Path | None = None
-    """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence"""
+    """play --eval-episodes of the agent in this run's folder, without training; --goal may then be any new sentence, if
+    it was trained on several"""
     checkpoint: str = "best.pt"
     """what --play plays: best.pt (highest return in evaluation) or checkpoint.pt (the latest)"""
     total_timesteps: Count = 150_000
@@ -679,17 +680,17 @@ class ReplayBuffer:
         are those for `goal_ids` [B].
         """
         # The random numbers of all batches are drawn at once: on a GPU, each draw would be a launch of its own.
-        shape, device, n_goals = (n, batch_size, 1), self.rows.device, self.widths[2]
+        shape, device, n_goals = (n, batch_size), self.rows.device, self.widths[2]
         indices = torch.randint(min(self.total, self.capacity), shape, device=device)
         others = torch.randint(1, max(n_goals, 2), shape, device=device)  # how many goals further the other one is
         others *= torch.rand(shape, device=device) < relabel
         for index, other in zip(indices, others, strict=True):
-            rows = self.rows[index.squeeze(1)].split(self.widths, 1)
-            states, actions, rewards, next_states, discounts, pursued = rows
-            goal_ids = (pursued.long() + other) % n_goals
-            batch = {"states": states, "actions": actions, "next_states": next_states}
-            batch |= {"rewards": rewards.gather(1, goal_ids).squeeze(1), "discounts": discounts.squeeze(1)}
-            yield batch | {"goal_ids": goal_ids.squeeze(1), "own": (goal_ids == pursued).squeeze(1)}
+            batch = dict(zip(self.names, self.rows[index].split(self.widths, 1), strict=True))
+            pursued = batch["goal_ids"][:, 0].long()
+            goal_ids = (pursued + other) % n_goals
+            rewards = batch["rewards"].gather(1, goal_ids[:, None])[:, 0]
+            batch |= {"rewards": rewards, "discounts": batch["discounts"][:, 0]}
+            yield batch | {"goal_ids": goal_ids, "own": goal_ids == pursued}
 
 
 # ---------------------------------------------------------------- training
@@ -901,7 +902,7 @@ def check_algorithm(args):
         raise ValueError(f"--buffer-size must hold at least an episode of every environment, {phase_frames}")
     if args.terminate_on_success and args.n_step > 1:
         raise ValueError("--terminate-on-success needs --n-step 1: with another goal an episode would end elsewhere")
-    if args.learning_starts >= args.total_timesteps and not args.play:
+    if args.learning_starts >= args.total_timesteps:
         late = f"--learning-starts {args.learning_starts} is not below --total-timesteps {args.total_timesteps}"
         note(f"warning: {late}: nothing will be learned")
 
@@ -918,11 +919,14 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def environment_errors():
-    """Makes a RunError of whatever an environment raises inside: not every exception can be pickled."""
+    """Makes a ChildProcessError of whatever an environment raises inside: not every exception can be pickled.
+
+    Nor can a class of this script, where workers are spawned: the queue that it goes to would wait for ever.
+    """
     try:
         yield
     except Exception as error:
-        raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
+        raise ChildProcessError(f"the environment raised {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -1343,7 +1347,8 @@ def start_run(args):
     with contextlib.ExitStack() as stack:
         with one_line_errors(args.traceback):
             check_args(args)
-            check_algorithm(args)
+            if not args.play:
+                check_algorithm(args)
             run.dir = args.play or args.resume
             run.mine = slice(RANK * args.num_envs // WORLD, (RANK + 1) * args.num_envs // WORLD)
             if args.resume and RANK == 0:
@@ -1376,13 +1381,13 @@ def start_run(args):
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
             run.action_space = run.envs.single_action_space
             if args.reward != "env":
-                warn_of_rewards(args, run.envs)
+                warn_of_rewards(args, config, run.envs)
                 run.reward = ClipReward(args, CLIP(source, run.device, args.clip_precision, args.clip_batch_size))
                 run.goal_embeddings = run.reward.goal_embeddings
                 if args.resume or (args.play and len(args.goal) > 1):  # the agent of one goal does not see it
                     now, then = run.reward.goals.cpu(), run.saved["goal_embeddings"][: len(args.goal)]
                     # Of the embedded CLIP bf16 changes 1e-5, another training 0.26.
-                    if now.shape != then.shape or (now - then).square().sum(1).max() > 0.05:
+                    if now.shape != then.shape or (now - then).square().sum(1).max() > 0.01:
                         raise ValueError("--clip, --template or an image of a goal has changed since this run began")
                 drop_text_tower(run.reward.clip.model)
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
@@ -1560,28 +1565,26 @@ def evaluate(args, run, agent, goal_id, seeds):
     envs, rounds, film = run.envs, [], []
     for first in range(0, args.eval_episodes, args.num_envs):
         state = envs.reset(seed=seeds[first : first + args.num_envs])[0]["state"]
-        alive, steps = np.ones(args.num_envs, bool), []
+        steps = []
         for _ in range(args.episode_length):
             actions = agent.act(state, np.full(args.num_envs, goal_id), deterministic=True)
             observation, rewards, terminated, truncated, _ = envs.step(actions)
             step = {name: value.copy() for name, value in observation.items()}
-            state = step.pop("state")
-            steps.append({**step, "env_rewards": rewards[run.mine], "alive": alive[run.mine].copy()})
-            ended = terminated | truncated
-            alive &= ~ended
+            state, ended = step.pop("state"), terminated | truncated
+            steps.append({**step, "env_rewards": rewards[run.mine], "ended": ended[run.mine]})
             if args.video and first == 0 and "qpos" not in step:
                 film.append(envs.call("render")[0])
             if ended.any() and len(steps) < args.episode_length:  # stepping on is undefined; what follows is masked
                 state = envs.reset(options={"reset_mask": ended})[0]["state"]
         steps = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}  # [N, T, ...]
-        pixels, alive = steps.pop("pixels"), steps["alive"]
+        pixels, ended = steps.pop("pixels"), steps.pop("ended")
         if run.reward:
-            clip_rewards = run.reward(pixels.reshape(-1, *run.frame_shape), [goal_id]).reshape(alive.shape)
+            steps["clip_rewards"] = run.reward(pixels.reshape(-1, *run.frame_shape), [goal_id]).reshape(ended.shape)
             if args.terminate_on_success:
-                for t in range(1, args.episode_length):
-                    alive[:, t] &= alive[:, t - 1] & (clip_rewards[:, t - 1] == 0)
-            steps["clip_rewards"] = clip_rewards * alive
-        steps["env_rewards"] = steps["env_rewards"] * alive
+                ended |= steps["clip_rewards"] > 0
+        steps["alive"] = ended.cumsum(1) - ended == 0  # at no earlier step it has ended
+        for name in steps.keys() & {"clip_rewards", "env_rewards"}:
+            steps[name] = steps[name] * steps["alive"]
         rounds += gather(steps)
         if first == 0:
             shown = pixels[0]
@@ -1679,14 +1682,14 @@ def episode_charts(args, ended, env_rewards, clip_rewards, goal_ids):
 def play(args):
     """Plays deterministic episodes of a trained agent, for its own goals or new ones. Returns where they are."""
     trained = tuple(json.loads((args.play / "args.json").read_text())["goal"])
-    goals = (*trained, *(goal for goal in args.goal if goal not in trained))
-    asked = [goals.index(goal) for goal in args.goal]
+    asked = (*args.goal, *args.eval_goal)
+    goals = (*trained, *(goal for goal in asked if goal not in trained))
     args = replace(args, goal=trained, eval_goal=goals[len(trained) :])
     with start_run(args) as run:
         agent = make_agent(args, run)
         with one_line_errors(args.traceback):
             agent.load_state_dict(run.saved["agent"] | {"goals": agent.goals})  # which has the new ones as well
-        charts, _ = evaluate_goals(args, run, agent, run.first_step, asked)
+        charts, _ = evaluate_goals(args, run, agent, run.first_step, [goals.index(goal) for goal in asked])
     for name, value in charts.items():
         print(f"{name.removeprefix('eval/')}: {value:.2f}")
     return f"{run.dir}/videos and {run.dir}/rollouts, play-{run.first_step}*"
@@ -1720,6 +1723,10 @@ def check_args(args):
         raise ValueError("--terminate-on-success and --negatives need --reward binary")
     if args.alpha > 0 and args.reward != "regularized":
         raise ValueError("--alpha needs --reward regularized")
+    rivals = args.negatives if args.reward == "binary" else (args.baseline,)
+    compares = args.reward == "binary" or args.alpha > 0
+    if compares and len({is_image(prompt) for prompt in (*goals, *rivals)}) > 1:  # to CLIP, images are most alike
+        raise ValueError("goals, --negatives and the --baseline of an --alpha: give sentences or images, not both")
     if args.alpha > 0 and args.baseline in goals:
         raise ValueError("--goal equals --baseline, which leaves no direction to regularise along: use --alpha 0")
     for template in args.template:
@@ -1727,16 +1734,16 @@ def check_args(args):
             raise ValueError(f'--template "{template}" has no "{{}}" for the prompt')
 
 
-def warn_of_rewards(args, envs):
+def warn_of_rewards(args, config, envs):
     """Prints a line if the CLIP taught VLM-RM's humanoid nothing, and one if it would not see the sides of frames."""
     if args.env_id.startswith("Humanoid") and args.clip in ("RN50", "ViT-L-14", "ViT-H-14") and not args.play:
         fact = f"{args.clip} taught VLM-RM's humanoid to kneel in 0% of the episodes, ViT-bigG-14 in 100% (alpha 0)"
         note(f"note: {fact}; reward_only_eval.py judges a reward before you spend GPU hours on it")
-    if not args.image_resize_mode and not envs.get_attr("xml_path")[0]:  # MuJoCo's frames are rendered square
+    if config.resize_mode == "shortest" and not envs.get_attr("xml_path")[0]:  # MuJoCo's frames are rendered square
         height, width, _ = envs.call("render")[0].shape
         if height != width:
             size = f"{height} pixels high and {width} wide"
-            advice = "most CLIP models see the square in the middle only; --image-resize-mode longest shows them all"
+            advice = "CLIP sees the square in the middle only; --image-resize-mode longest shows all of it"
             note(f"warning: frames of {args.env_id} are {size}; {advice}")
 
 
@@ -1792,7 +1799,9 @@ def parse_args():
         saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         saved = with_absolute_paths(replace(saved, resume=resume, play=args.play, run_dir=None))
         if args.play:
-            return with_absolute_paths(tyro.cli(Args, default=replace(saved, goal=(*saved.goal, *saved.eval_goal))))
+            known = (*saved.goal, *saved.eval_goal)
+            here = dict(goal=known, eval_goal=(), clip_precision="auto", track=False)
+            return with_absolute_paths(tyro.cli(Args, default=replace(saved, **here)))
         args = with_absolute_paths(replace(tyro.cli(Args, default=saved), resume=resume))
         changed = []
         for name, value in asdict(args).items():
@@ -1828,5 +1837,5 @@ if __name__ == "__main__":
         results = play(arguments) if arguments.play else train(arguments)
         if RANK == 0:
             print(f"results in {results}")
-    except (RunError, OSError) as error:  # OSError: a full disk, say
+    except (RunError, OSError) as error:  # OSError: a full disk, say, or what an environment raised
         sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")

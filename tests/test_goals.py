@@ -292,6 +292,8 @@ BAD_INPUT = {
     "no wandb": (["--track"], "wandb"),
     "a sentence without quotes": (["--goal", "a", "humanoid", "robot", "kneeling"], "in quotes"),
     "negatives of another reward": (["--negatives", "x"], "--reward binary"),
+    "a picture against words": (["--reward", "binary", "--goal", "a.png", "--negatives", "x"], "images, not both"),
+    "a picture on the line to words": (["--alpha", "0.5", "--goal", "a.png"], "images, not both"),
     "alpha of another reward": (["--reward", "binary", "--negatives", "x", "--alpha", "0.5"], "--alpha"),
     "unknown device": (["--device", "gpu"], "device type"),
     "resumed elsewhere": (["--resume", "a", "--run-dir", "b"], "--run-dir"),

@@ -7,6 +7,7 @@ import sys
 import gymnasium as gym
 import imageio
 import numpy as np
+import open_clip
 import pytest
 from conftest import KNEELING, LYING, ROOT, TINY_CLIP, load, one_line, run
 
@@ -51,6 +52,15 @@ def test_a_clips_folder_is_found_from_anywhere_afterwards(script, flags, tmp_pat
 
 
 @BOTH
+def test_what_a_run_needed_for_training_is_not_asked_for_to_play_it(script, flags, tmp_path, monkeypatch):
+    args = script.Args(**flags | dict(goal=("a", "b"), eval_goal=("c",), track=True, clip_precision="fp16"))
+    (tmp_path / "args.json").write_text(json.dumps(script.asdict(args), default=str))
+    played = parse(script, monkeypatch, "--play", tmp_path, "--eval-goal", "d")
+    assert played.clip_precision == "auto" and not played.track
+    assert (played.goal, played.eval_goal) == (("a", "b", "c"), ("d",))
+
+
+@BOTH
 def test_a_resumed_run_keeps_what_overrode_the_preset(script, flags, tmp_path, monkeypatch):
     args = parse(script, monkeypatch, "--preset", "paper", "--gamma", "0.9", "--run-dir", tmp_path)
     (tmp_path / "args.json").write_text(json.dumps(script.asdict(args), default=str))
@@ -59,8 +69,9 @@ def test_a_resumed_run_keeps_what_overrode_the_preset(script, flags, tmp_path, m
 
 
 def test_a_clip_that_taught_the_papers_humanoid_nothing_is_named(capsys):
+    squashed = open_clip.transform.PreprocessCfg(resize_mode="squash")  # nobody asks for the size of the frames
     for clip, said in (("ViT-L-14", True), ("RN50", True), ("ViT-bigG-14", False)):
-        sac_vlmrm.warn_of_rewards(sac_vlmrm.Args(clip=clip, image_resize_mode="shortest"), envs=None)
+        sac_vlmrm.warn_of_rewards(sac_vlmrm.Args(clip=clip), squashed, envs=None)
         message = capsys.readouterr().err
         assert ("0% of the episodes" in message and "reward_only_eval.py" in message) is said
 
@@ -76,7 +87,8 @@ def trained(request, tmp_path_factory):
 def test_playing_acts_by_the_checkpoint_from_new_starts_and_scores_the_new_sentence(trained, clip, render):
     script, run_dir = trained
     name = script.__name__
-    result = run(name, play=run_dir, goal=(KNEES, KNEELING), eval_episodes=3, video=True)
+    too_few = {"buffer_size": 1} if name == "sac_vlmrm" else {"num_minibatches": 1000}  # to train with
+    result = run(name, play=run_dir, goal=(KNEES,), eval_goal=(KNEELING,), eval_episodes=3, video=True, **too_few)
     assert result.returncode == 0, result.stderr
     files = {goal: f"play-80-{script.slug(goal)}" for goal in (KNEES, KNEELING)}
     assert {path.stem for path in (run_dir / "videos").iterdir()} == set(files.values())

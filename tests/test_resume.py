@@ -306,6 +306,18 @@ def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
     wait_for(lambda: not session_members(process.pid), 5)
 
 
+def test_so_does_one_in_a_spawned_process_which_has_no_class_of_the_scripts_to_send(tmp_path):
+    (tmp_path / "broken_environments.py").write_text(BROKEN)
+    source = (ROOT / "sac_vlmrm.py").read_text()
+    spawns = source.replace("opened_by = None", "opened_by = os.getpid()")  # as after OpenGL's start, or on a Mac
+    assert spawns != source
+    (tmp_path / "script.py").write_text(spawns)
+    flags = {**FLAGS, "env_id": "broken_environments:Broken-raise-v0", "num_envs": 1, "run_dir": tmp_path / "run"}
+    words = [sys.executable, tmp_path / "script.py", *command("sac_vlmrm", **flags)[2:]]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "error: the environment raised FloatingPointError" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize("script", ["sac_vlmrm", "ppo_vlmrm"])
 def test_an_episode_that_has_ended_is_not_stepped_on(tmp_path, script):
     (tmp_path / "broken_environments.py").write_text(BROKEN)
