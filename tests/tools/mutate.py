@@ -94,11 +94,11 @@ sac | the coefficient is tuned unasked | if self.args.autotune: => if True:
 sac | the coefficient is tuned away | -(self.log_ent_coef * => (self.log_ent_coef *
 sac | entropy of swapped goals counts | * batch["own"]  # [B] => * 1.0  # [B]
 sac | one entropy for all goals | (of_goal * gaps).mean(1) => gaps.mean()
-sac | all rows are their own goal's | (goal_ids == pursued) => (goal_ids >= 0)
+sac | all rows are their own goal's | "own": goal_ids == pursued => "own": goal_ids >= 0
 sac | the coefficient starts at 1 | math.log(args.ent_coef))) => 0.0))
 sac | what n steps reach counts too much | gamma ** (k + 1) => gamma**k
 sac | n steps run past an episode's end | goes_on[:-k] &= ~ended[k:] => goes_on[:-k] &= True
-sac | rows have goal 0's reward | rewards.gather(1, goal_ids) => rewards.gather(1, 0 * goal_ids)
+sac | rows have goal 0's reward | .gather(1, goal_ids[:, None]) => .gather(1, 0 * goal_ids[:, None])
 sac | what is not to be swapped is | device=device) < relabel => device=device) > relabel
 sac | only half of the buffer is sampled | torch.randint(min(self.total, => torch.randint(min(self.total // 2,
 both | frames are scored too early | frames, (t + 1) * pixels.shape[1] => frames, (t + 2) * pixels.shape[1]
@@ -126,8 +126,8 @@ ppo | returns run on across episodes | discounted * (1.0 - ended[t]) => discount
 both | evaluates goal 0 | np.full(args.num_envs, goal_id) => np.full(args.num_envs, 0)
 both | scores goal 0 | run.frame_shape), [goal_id]) => run.frame_shape), [0])
 both | the same episodes again | seeds[first : first + args.num_envs] => seeds[: args.num_envs]
-both | rewards after an episode's end | clip_rewards * alive => clip_rewards
-both | success does not end an evaluation | (clip_rewards[:, t - 1] == 0) => True
+both | rewards after an episode's end | steps[name] * steps["alive"] => steps[name]
+both | success does not end an evaluation | ended |= steps["clip_rewards"] > 0 => pass
 both | more episodes than asked for | for part in rounds])[: args.eval_episodes] => for part in rounds])
 both | evaluations start elsewhere | episode_seeds(args.seed, 2 if => episode_seeds(global_step, 2 if
 both | held-out goals choose best.pt | np.mean(returns[: len(args.goal)]) => np.mean(returns)
