@@ -1547,7 +1547,8 @@ def check_args(args):
         raise ValueError("--alpha needs --reward regularized")
     rivals = args.negatives if args.reward == "binary" else (args.baseline,)
     compares = args.reward == "binary" or args.alpha > 0
-    if compares and len({is_image(prompt) for prompt in (*goals, *rivals)}) > 1:  # to CLIP, images are most alike
+    # The modality gap (Liang et al., 2022): images lie near images, whatever they show, and apart from sentences.
+    if compares and len({is_image(prompt) for prompt in (*goals, *rivals)}) > 1:
         raise ValueError("goals, --negatives and the --baseline of an --alpha: give sentences or images, not both")
     if args.alpha > 0 and args.baseline in goals:
         raise ValueError("--goal equals --baseline, which leaves no direction to regularise along: use --alpha 0")

@@ -689,8 +689,8 @@ class ReplayBuffer:
             pursued = batch["goal_ids"][:, 0].long()
             goal_ids = (pursued + other) % n_goals
             rewards = batch["rewards"].gather(1, goal_ids[:, None])[:, 0]
-            batch |= {"rewards": rewards, "discounts": batch["discounts"][:, 0]}
-            yield batch | {"goal_ids": goal_ids, "own": goal_ids == pursued}
+            batch |= {"rewards": rewards, "discounts": batch["discounts"][:, 0], "goal_ids": goal_ids}
+            yield batch | {"own": goal_ids == pursued}
 
 
 # ---------------------------------------------------------------- training
@@ -1725,7 +1725,8 @@ def check_args(args):
         raise ValueError("--alpha needs --reward regularized")
     rivals = args.negatives if args.reward == "binary" else (args.baseline,)
     compares = args.reward == "binary" or args.alpha > 0
-    if compares and len({is_image(prompt) for prompt in (*goals, *rivals)}) > 1:  # to CLIP, images are most alike
+    # The modality gap (Liang et al., 2022): images lie near images, whatever they show, and apart from sentences.
+    if compares and len({is_image(prompt) for prompt in (*goals, *rivals)}) > 1:
         raise ValueError("goals, --negatives and the --baseline of an --alpha: give sentences or images, not both")
     if args.alpha > 0 and args.baseline in goals:
         raise ValueError("--goal equals --baseline, which leaves no direction to regularise along: use --alpha 0")

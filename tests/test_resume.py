@@ -306,7 +306,7 @@ def test_a_broken_environment_ends_the_run_with_one_line(tmp_path, fault, said):
     wait_for(lambda: not session_members(process.pid), 5)
 
 
-def test_so_does_one_in_a_spawned_process_which_has_no_class_of_the_scripts_to_send(tmp_path):
+def test_an_environment_that_breaks_in_a_spawned_process_ends_the_run(tmp_path):
     (tmp_path / "broken_environments.py").write_text(BROKEN)
     source = (ROOT / "sac_vlmrm.py").read_text()
     spawns = source.replace("opened_by = None", "opened_by = os.getpid()")  # as after OpenGL's start, or on a Mac
