@@ -1620,6 +1620,7 @@ def evaluate_goals(args, run, agent, global_step, goal_ids=None):
             charts[f"eval/success_rate{curve}"] = result["clip_rewards"].any(1).mean()
         charts[f"eval/episodic_length{curve}"] = result["lengths"].mean()
         rewards = result.get("clip_rewards", result["env_rewards"])
+        check_finite("a reward in evaluation", rewards, global_step)
         returns.append(float(rewards.sum(1).mean()))
         lengths.append(float(result["lengths"].mean()))
         if run.reward and not args.play:

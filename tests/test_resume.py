@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_CLIP, assert_same_checkpoint, command, finish, load, one_line, run, scalars, start
@@ -335,6 +336,11 @@ def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
         patch.setattr(sac_vlmrm, "regularized_reward", lambda s, g, b, a: torch.full((len(s), 1), float("nan")))
         with pytest.raises(RunError, match="reward"):
             sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "reward"))
+    evaluate = sac_vlmrm.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(sac_vlmrm, "evaluate", lambda *a: evaluate(*a) | {"clip_rewards": np.full((2, 10), np.nan)})
+        with pytest.raises(RunError, match="a reward in evaluation"):
+            sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "evaluation"))
     update, calls = sac_vlmrm.SAC.update, []
 
     def poisoned(self, batch):
