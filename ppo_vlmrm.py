@@ -399,9 +399,9 @@ class RenderedEnv(gym.Wrapper):
     """Adds the frame of each state to its observation, which the vector environment's shared memory carries.
 
     Observations are {"state": float32 [S], "pixels": uint8 [H, W, 3]} and, for MuJoCo, "qpos": float64 [nq]; continuous
-    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width), but
-    for environments with a render() or mocap bodies of their own, which qpos does not tell of. Frames of another size
-    than `frame_size`, (H, W), are brought to it by `resize`.
+    actions are in [-1, 1]. A SceneRenderer with the settings `scene` draws MuJoCo at `render_size` (height, width),
+    except environments with a render() or mocap bodies of their own, which qpos does not tell of. Frames of another
+    size than `frame_size`, (H, W), are brought to it by `resize`.
     """
 
     def __init__(self, env_id, episode_length, early_termination, scene, render_size, frame_size, resize):
@@ -670,7 +670,7 @@ def train(args):
                     terminated[t] |= rewards[t, np.arange(args.num_envs), goal_id] > 0
                 elif clip_reward:
                     clip_reward.score_ahead(frames, (t + 1) * pixels.shape[1])
-                next_goal_id = np_rng.integers(n_goals, size=args.num_envs)
+                next_goal_id = np_rng.integers(n_goals, size=args.num_envs)  # at every step: all processes draw alike
                 ended[t] = terminated[t] | truncated
                 if ended[t].any() and t < args.num_steps - 1:  # an episode ended: the next one starts
                     seeds = episode_seeds(args.seed, 0, first_step, t + 1, n=args.num_envs)
@@ -678,7 +678,7 @@ def train(args):
                     goal_id = np.where(ended[t], next_goal_id, goal_id)
             if is_stopped(run):
                 break  # the rollout is dropped: nothing has learned from it yet
-            check_finite("a state", next_states, global_step)
+            check_finite("a state", (states, next_states), global_step)
             global_step += phase_frames
             last = global_step >= args.total_timesteps
             evaluates = last or global_step // args.eval_every > first_step // args.eval_every
@@ -771,7 +771,7 @@ def make_agent(args, run):
 
 
 def check_algorithm(args):
-    """Raises ValueError over flags of the algorithm that cannot work together; warns where it would not learn."""
+    """Raises ValueError over flags of the algorithm that cannot work together; warns where episodes are cut."""
     phase_frames = args.num_steps * args.num_envs
     if args.num_minibatches > phase_frames:
         raise ValueError(f"--num-minibatches must be at most the {phase_frames} frames of a rollout")
@@ -784,10 +784,6 @@ def note(text):
     """Prints a line on standard error, once of all processes."""
     if RANK == 0:
         print(text, file=sys.stderr)
-
-
-class RunError(Exception):
-    """What ends a run without being a bug here: a dead worker, a diverged simulation, a NaN."""
 
 
 @contextlib.contextmanager
@@ -820,7 +816,8 @@ def one_line_errors(traceback):
 
 # ---- finding weights
 
-# Where --clip-pretrained names none: VLM-RM's weights of its four models, and for others the best that open_clip lists.
+# Where --clip-pretrained names none: VLM-RM's weights of its four models, and LAION's or DFN's of some others. A model
+# that is not here has the first tag that open_clip lists.
 DEFAULT_WEIGHTS = {
     "RN50": "openai",  # VLM-RM
     "ViT-L-14": "laion2b_s32b_b82k",  # VLM-RM
@@ -873,9 +870,9 @@ def find_clip(clip, pretrained=None, resize_mode=None):
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": preprocess.get("quick_gelu", False)}
-    known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
-    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
-    config.resize_mode = resize_mode or config.resize_mode
+    size = architecture["vision_cfg"].get("image_size", 224)
+    known = {**preprocess, "size": size if isinstance(size, int) else tuple(size)}  # a file has a list for a tuple
+    config = PreprocessCfg(**merge_preprocess_dict(known, {"resize_mode": resize_mode}))
     return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
 
 
@@ -904,9 +901,9 @@ def check_prompts(tokenizer, prompts, templates=("{}",)):
     for prompt in filter(is_image, prompts):
         Image.open(prompt).close()  # now, before weights are downloaded
     for prompt in [t.replace("{}", p) for p in prompts if not is_image(p) for t in templates]:
-        tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
-        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
-            raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
+        tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", prompt.rstrip(" .!?")[:-1]])
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for a word, nor for the last letter
+            raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its end')
 
 
 # ---- the look of MuJoCo
@@ -1018,9 +1015,7 @@ def scene_of(args):
 def check_environment(env):
     """Raises ValueError if the algorithm can't act in an environment, or CLIP can't see it."""
     if not isinstance(env.action_space, ACTION_SPACES):
-        needed = " or ".join(space.__name__ for space in ACTION_SPACES)
-        other = "; ppo_vlmrm.py takes it" if isinstance(env.action_space, gym.spaces.Discrete) else ""
-        raise ValueError(f"{env.spec.id}: this script needs actions in a {needed}, not {env.action_space}{other}")
+        raise ValueError(f"{env.spec.id}: actions must be in a Box (ppo_vlmrm.py: or Discrete), not {env.action_space}")
     if isinstance(env.action_space, gym.spaces.Box):
         low, high = env.action_space.low, env.action_space.high
         if low.ndim != 1 or low.dtype.kind != "f" or not np.isfinite([low, high]).all() or not (low < high).all():
@@ -1064,14 +1059,18 @@ def make_envs(args, config):
             envs.reset_wait(timeout=120)
         envs.set_attr("rendering", args.reward != "env")
         yield envs
+        for pipe in envs.parent_pipes:
+            pipe.send(("close", None))  # an environment may own processes and files
+        for process in envs.processes:
+            process.join(5)
     except multiprocessing.TimeoutError:
         where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} in process {i + 1} of {envs.num_envs}"
         raise RuntimeError(f"no frame in 120 s with {where}: use --num-envs 1, or another MUJOCO_GL") from None
     except (EOFError, ConnectionError):
-        for index, process in enumerate(envs.processes):
+        for i, process in enumerate(envs.processes):
             process.join(0.1)
             if not process.is_alive():
-                raise RunError(f"the process of environment {index} died (exit code {process.exitcode})") from None
+                raise ChildProcessError(f"the process of environment {i} died (exit code {process.exitcode})") from None
         raise
     finally:
         for process in envs.processes:
@@ -1211,10 +1210,10 @@ def stop_signals():
 def start_run(args):
     """Context of all that a run needs beside its algorithm; a mistake found on the way is one line and status 2.
 
-    Yields `dir`, in rank 0; `mine`, the slice of the environments that this process steps; `saved`, the checkpoint of
-    --resume or --play, or None; `first_step`, its frame, or 0; `device`; `envs`, with their `state_dim`, `action_space`
-    and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D]; `writer` and `progress`, to log
-    with; `stopped_by`, the signals received, and `stopped`, the one that the run ends by, or 0.
+    Yields `dir`, for a new run in rank 0 alone; `mine`, the slice of the environments that this process steps; `saved`,
+    the checkpoint of --resume or --play, or None; `first_step`, its frame, or 0; `device`; `envs`, with their
+    `state_dim`, `action_space` and `frame_shape`; `reward`, a ClipReward or None; `goal_embeddings` [G + E, D];
+    `writer` and `progress`, to log with; `stopped_by`, the signals received, and `stopped`, that which ends it, or 0.
     """
     run = SimpleNamespace(saved=None, reward=None, goal_embeddings=torch.zeros(1, 0), stopped=0)
     with contextlib.ExitStack() as stack:
@@ -1350,10 +1349,10 @@ def load_checkpoint(path):
 
 
 def check_finite(what, values, global_step):
-    """Raises RunError if a value is not finite, before anything of the phase is saved."""
+    """Raises FloatingPointError if a value is not finite, before anything of the phase is saved."""
     if not np.isfinite(values).all():
         place = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise RunError(f"it diverged: {what} is not finite after frame {global_step}, first at {place}")
+        raise FloatingPointError(f"it diverged: {what} is not finite after frame {global_step}, first at {place}")
 
 
 def log_phase(run, charts, losses, clock, global_step):
@@ -1365,9 +1364,7 @@ def log_phase(run, charts, losses, clock, global_step):
     for name, value in charts.items():
         run.writer.add_scalar(name, value, global_step)
     headline = "clip_return" if run.reward else "env_return"
-    each_goal = [f"{value:.1f}" for name, value in charts.items() if name.startswith("charts/clip_return/")]
-    text = " ".join([f"{headline}={charts[f'charts/{headline}']:.2f}", *each_goal])
-    run.progress.set_postfix_str(text, refresh=False)
+    run.progress.set_postfix_str(f"{headline}={charts[f'charts/{headline}']:.2f}", refresh=False)
     run.progress.update(global_step - run.progress.n)
     evaluated = [f"{name.removeprefix('eval/')} {value:.2f}" for name, value in charts.items() if "eval/" in name]
     if evaluated:
@@ -1466,7 +1463,7 @@ def write_video(path, frames, rewards):
     low, high = float(np.min(rewards)), float(np.max(rewards))
     with imageio.get_writer(path, fps=30, macro_block_size=2, output_params=["-loglevel", "error"]) as writer:
         for t, (frame, reward) in enumerate(zip(frames, rewards, strict=True)):
-            image = Image.fromarray(frame)
+            image = Image.fromarray(frame).convert("RGB").resize(frames[0].shape[1::-1])  # its size may change
             draw = ImageDraw.Draw(image)
             width = (reward - low) / max(high - low, 1e-8) * (image.width - 16)  # the bar spans this episode's rewards
             draw.rectangle((8, image.height - 14, 8 + width, image.height - 8), fill=(255, 200, 0))
@@ -1661,5 +1658,6 @@ if __name__ == "__main__":
         results = play(arguments) if arguments.play else train(arguments)
         if RANK == 0:
             print(f"results in {results}")
-    except (RunError, OSError) as error:  # OSError: a full disk, say, or what an environment raised
-        sys.exit(f"error: {error}; the last checkpoint, if one was due, is intact: go on from it with --resume")
+    except (FloatingPointError, OSError) as error:  # OSError: a full disk, a dead process, what an environment raised
+        advice = "; the last checkpoint, if one was due, is intact: go on from it with --resume"
+        sys.exit(f"error: {error}{'' if arguments.play else advice}")

@@ -94,9 +94,9 @@ class Args:  # Natural, Count, Positive and Share are numbers in ranges, defined
     """lines of states: a task's name (standing to its pose), `pole`, or JOINT:FROM:TO of --env-id (radians, meters)"""
     sweep_points: bounded(int, ">=2", lambda value: value >= 2) = 101
     """states of a sweep"""
-    task: str | None = None
-    """labels states: kneeling, lotus, standing, arms-raised, splits, hands-on-hips, arms-crossed, one-leg, pole; `all`
-    judges each --clip and --alpha by the Humanoid's eight tasks, on tests/humanoid_states.npz if no states are given"""
+    task: Literal[*TASKS, "all"] | None = None
+    """labels states by a criterion of TASKS; `all` judges each --clip and --alpha by the Humanoid's eight tasks, on
+    tests/humanoid_states.npz if no states are given"""
 
     # ---- prompts and rewards: every combination is judged ----
     env_id: str = "Humanoid-v5"
@@ -939,7 +939,8 @@ def one_line_errors(traceback):
 
 # ---- finding weights, and the look of MuJoCo
 
-# Where --clip-pretrained names none: VLM-RM's weights of its four models, and for others the best that open_clip lists.
+# Where --clip-pretrained names none: VLM-RM's weights of its four models, and LAION's or DFN's of some others. A model
+# that is not here has the first tag that open_clip lists.
 DEFAULT_WEIGHTS = {
     "RN50": "openai",  # VLM-RM
     "ViT-L-14": "laion2b_s32b_b82k",  # VLM-RM
@@ -992,9 +993,9 @@ def find_clip(clip, pretrained=None, resize_mode=None):
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": preprocess.get("quick_gelu", False)}
-    known = {**preprocess, "size": architecture["vision_cfg"].get("image_size", 224)}
-    config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), known))
-    config.resize_mode = resize_mode or config.resize_mode
+    size = architecture["vision_cfg"].get("image_size", 224)
+    known = {**preprocess, "size": size if isinstance(size, int) else tuple(size)}  # a file has a list for a tuple
+    config = PreprocessCfg(**merge_preprocess_dict(known, {"resize_mode": resize_mode}))
     return SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer(model["model_name"]), config=config)
 
 
@@ -1003,9 +1004,9 @@ def check_prompts(tokenizer, prompts, templates=("{}",)):
     for prompt in filter(is_image, prompts):
         Image.open(prompt).close()  # now, before weights are downloaded
     for prompt in [t.replace("{}", p) for p in prompts if not is_image(p) for t in templates]:
-        tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", " ".join(prompt.split()[:-1])])
-        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for one more, nor for the last
-            raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its last word')
+        tokens, longer, shorter = tokenizer([prompt, f"{prompt} robot", prompt.rstrip(" .!?")[:-1]])
+        if torch.equal(tokens, longer) and torch.equal(tokens, shorter):  # no room for a word, nor for the last letter
+            raise ValueError(f'the prompt "{prompt}" is too long: the model would not see its end')
 
 
 def build_scene(xml_path, restyle):
@@ -1475,8 +1476,6 @@ def check_flags(args):
         raise ValueError("nothing to judge: give --rollouts, --frames or --sweep")
     if args.labels and not args.frames:
         raise ValueError("--labels are for --frames, which is missing")
-    if args.task not in (None, "all", *TASKS):
-        raise ValueError(f"--task {args.task}: no such task; there are: {', '.join(TASKS)}, all")
     prompts = {TASKS[task][0] for task in EIGHT}
     if args.task == "all" and (args.frames or args.sweep or set(args.goal or ()) != prompts):
         raise ValueError("--task all judges --rollouts by VLM-RM's prompts: leave --goal, --frames and --sweep out")
@@ -1486,6 +1485,10 @@ def check_flags(args):
             raise ValueError(f"--{flag} needs at least one value")
         if len(set(values or ())) < len(values or ()):
             raise ValueError(f"--{flag} names one twice: name each once")
+    rivals = args.negatives if args.reward == "binary" else (args.baseline,)
+    compares = args.reward == "binary" or max(args.alpha) > 0
+    if compares and len({is_image(prompt) for prompt in (*(args.goal or ()), *rivals)}) > 1:
+        raise ValueError("goals, --negatives and the --baseline of an --alpha: give sentences or images, not both")
     if args.reward == "regularized" and max(args.alpha) > 0 and args.baseline in (args.goal or ()):
         raise ValueError("--goal equals --baseline: no direction to regularise along; change one, or use --alpha 0")
     for template in args.template:
@@ -1526,6 +1529,11 @@ def flags_of_run(rollout):
 
 def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
+    with one_line_errors(traceback=False):
+        named = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
+        for flag in ("--rollouts", "--frames", "--goal", "--negatives", "--template", "--alpha", "--clip"):
+            if named.count(flag) > 1:
+                raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
     args = tyro.cli(Args)
     goals = []
     if args.task == "all" and not (args.rollouts or args.frames):
@@ -1535,7 +1543,7 @@ def read_flags():
         with one_line_errors(args.traceback):
             goals = list(filter(None, dict.fromkeys(read_rollout(path)["goal"] for path in args.rollouts)))
             defaults = defaults | flags_of_run(args.rollouts[0])
-        if any(word.partition("=")[0] == "--clip" for word in sys.argv):
+        if "--clip" in named:
             defaults.pop("clip_pretrained", None)  # of the run's own model
     args = tyro.cli(Args, default=replace(args, **defaults))
     if args.task is None:  # the sweep's, or the one whose prompt is the goal

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -147,10 +148,20 @@ def test_auto_is_half_precision_on_a_gpu_or_bf16_where_that_overflows(tmp_path, 
 def test_only_prompts_that_the_context_cuts_are_too_long():
     tokenizer = open_clip.SimpleTokenizer(context_length=16, clean="canonicalize")  # as SigLIP's it deletes punctuation
     check_prompts(tokenizer, ["a robot that is kneeling .", "a robot " * 7])  # 14 words, beside the start and the end
-    with pytest.raises(ValueError, match="not see its last word"):
+    with pytest.raises(ValueError, match="not see its end"):
         check_prompts(tokenizer, ["a robot " * 7 + "that is kneeling"])
+    check_prompts(tokenizer, ["a robot " * 6 + "humanoid"])  # two tokens
+    with pytest.raises(ValueError, match="not see its end"):
+        check_prompts(tokenizer, ["a robot " * 6 + "a humanoid"])  # the second one is cut
     with pytest.raises(FileNotFoundError):  # before any weights are downloaded
         check_prompts(tokenizer, ["no-such-file.png"])
+
+
+def test_a_folder_may_hold_a_model_of_images_that_are_not_square(tmp_path):
+    config = json.loads(Path(TINY_CLIP, "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = [64, 96]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert find_clip(str(tmp_path)).config.input_size == (3, 64, 96)
 
 
 def test_a_file_may_hold_the_weights_of_an_architecture_that_open_clip_has_none_of(tmp_path, capsys, monkeypatch):

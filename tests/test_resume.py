@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import ppo_vlmrm
 import sac_vlmrm
-from sac_vlmrm import Args, RunError
+from sac_vlmrm import Args
 
 # Two phases of 20 frames between checkpoints; without CLIP, so that a run starts in seconds.
 FLAGS = dict(
@@ -287,7 +287,10 @@ class Broken(gym.Env):
         return np.full(2, np.nan if late and self.fault == "nan" else 0.0, np.float32), 0.0, False, False, {}
 
     def render(self):
-        return np.zeros((64, 64, 3), np.uint8)
+        return np.zeros((64, 64 + self.steps % 2, 3), np.uint8)
+
+    def close(self):
+        print("closed")
 
 for fault in ("nan", "raise", "strict"):
     gym.register(f"Broken-{fault}-v0", Broken, kwargs={"fault": fault})
@@ -322,24 +325,26 @@ def test_an_environment_that_breaks_in_a_spawned_process_ends_the_run(tmp_path):
 @pytest.mark.parametrize("script", ["sac_vlmrm", "ppo_vlmrm"])
 def test_an_episode_that_has_ended_is_not_stepped_on(tmp_path, script):
     (tmp_path / "broken_environments.py").write_text(BROKEN)
-    flags = {**FLAGS, "env_id": "broken_environments:Broken-strict-v0", "early_termination": True}
+    flags = {**FLAGS, "env_id": "broken_environments:Broken-strict-v0", "early_termination": True, "video": True}
     if script == "ppo_vlmrm":
         flags = for_ppo(flags)
     result = run(script, **flags, run_dir=tmp_path / "run", total_timesteps=80, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert {value for _, value in scalars(tmp_path / "run")["eval/episodic_length"]} == {6.0}
+    assert list((tmp_path / "run/videos").iterdir())  # of frames that differ in size
+    assert result.stdout.count("closed") == 3  # a third one was made for its spaces
 
 
 def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
     flags = {**FLAGS, "reward": "regularized", "clip": TINY_CLIP, "total_timesteps": 200}
     with monkeypatch.context() as patch:
         patch.setattr(sac_vlmrm, "regularized_reward", lambda s, g, b, a: torch.full((len(s), 1), float("nan")))
-        with pytest.raises(RunError, match="reward"):
+        with pytest.raises(FloatingPointError, match="reward"):
             sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "reward"))
     evaluate = sac_vlmrm.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(sac_vlmrm, "evaluate", lambda *a: evaluate(*a) | {"clip_rewards": np.full((2, 10), np.nan)})
-        with pytest.raises(RunError, match="a reward in evaluation"):
+        with pytest.raises(FloatingPointError, match="a reward in evaluation"):
             sac_vlmrm.train(Args(**flags, run_dir=tmp_path / "evaluation"))
     update, calls = sac_vlmrm.SAC.update, []
 
@@ -349,7 +354,7 @@ def test_a_nan_reward_or_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
         return update(self, batch)
 
     monkeypatch.setattr(sac_vlmrm.SAC, "update", poisoned)
-    with pytest.raises(RunError, match="loss"):
+    with pytest.raises(FloatingPointError, match="loss"):
         sac_vlmrm.train(Args(**{**FLAGS, "total_timesteps": 200}, run_dir=tmp_path / "loss"))
     saved = load(tmp_path / "loss")
     assert saved["global_step"] == 80 and all(value.isfinite().all() for value in saved["agent"].values())
