@@ -1531,7 +1531,7 @@ def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
     with one_line_errors(traceback=False):
         named = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
-        for flag in ("--rollouts", "--frames", "--goal", "--negatives", "--template", "--alpha", "--clip"):
+        for flag in "--rollouts --sweep --goal --negatives --template --alpha --clip --clip-pretrained".split():
             if named.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
     args = tyro.cli(Args)

@@ -1186,7 +1186,7 @@ def make_envs(args, config):
         envs.set_attr("rendering", args.reward != "env")
         yield envs
         for pipe in envs.parent_pipes:
-            pipe.send(("close", None))  # an environment may own processes and files
+            pipe.send(("close", None))  # an environment may own processes and files; it has 5 s
         for process in envs.processes:
             process.join(5)
     except multiprocessing.TimeoutError:
@@ -1475,7 +1475,7 @@ def load_checkpoint(path):
 
 
 def check_finite(what, values, global_step):
-    """Raises FloatingPointError if a value is not finite, before anything of the phase is saved."""
+    """Raises FloatingPointError if a value is not finite, before a checkpoint holds what comes of it."""
     if not np.isfinite(values).all():
         place = np.argwhere(~np.isfinite(values))[0].tolist()
         raise FloatingPointError(f"it diverged: {what} is not finite after frame {global_step}, first at {place}")

@@ -159,9 +159,18 @@ def test_only_prompts_that_the_context_cuts_are_too_long():
 
 def test_a_folder_may_hold_a_model_of_images_that_are_not_square(tmp_path):
     config = json.loads(Path(TINY_CLIP, "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["image_size"] = [64, 96]
+    config["model_cfg"]["vision_cfg"] = {
+        "image_size": [64, 96],
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 16,
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    assert find_clip(str(tmp_path)).config.input_size == (3, 64, 96)
+    save_file(open_clip.model.CLIP(**config["model_cfg"]).state_dict(), tmp_path / "open_clip_model.safetensors")
+    clip = CLIP(find_clip(str(tmp_path)), "cpu")
+    frames = torch.randint(256, (2, 64, 96, 3), dtype=torch.uint8)
+    assert clip.size == (64, 96) and clip.encode_images(frames).shape == (2, config["model_cfg"]["embed_dim"])
 
 
 def test_a_file_may_hold_the_weights_of_an_architecture_that_open_clip_has_none_of(tmp_path, capsys, monkeypatch):
