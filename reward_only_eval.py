@@ -745,10 +745,9 @@ def gather_frames(sources, threshold):
     frames["counted"] = labelled & (frames["kind"] != "sweep")
     if not frames["counted"].any():
         frames["counted"] = labelled  # a sweep's frames only then
-    frames["goal_state"] = frames["label"]
-    if not frames["label"][frames["counted"]].isin([0, 1]).all():
-        above = frames["label"] > (np.nan if threshold is None else threshold)
-        frames["goal_state"] = above.astype(float).where(labelled & (threshold is not None))
+    graded = (labelled & ~frames["label"].isin([0, 1])).groupby(frames["number"]).transform("any")
+    above = (frames["label"] > (threshold or 0)).astype(float).where(labelled & (threshold is not None))
+    frames["goal_state"] = frames["label"].astype(float).where(~graded, above)
     return frames
 
 
@@ -833,11 +832,11 @@ def describe_sources(sources, frames, variants):
     """What is known of each source, a dict each: the success rate of its trajectories, and what training recorded."""
     described = []
     for source, (_, part) in zip(sources, frames.groupby("number"), strict=True):
-        episodes = part.groupby("episode")["label"]
+        episodes = part.groupby("episode")["goal_state"]
         about = {"source": source.name, "kind": source.kind, "goal": source.goal}
         about |= {"frames": len(part), "episodes": len(episodes), "goal_share": share_of(part)}
         trajectories = source.kind == "rollout" or (source.kind == "frames" and len(episodes) > 1)
-        if trajectories and part["label"].isin([0, 1]).all():
+        if trajectories and part["goal_state"].notna().all():
             successes = int((episodes.mean() >= 0.5).sum())
             interval = binomtest(successes, len(episodes)).proportion_ci(method="wilson")
             about |= {"success_rate": successes / len(episodes), "low": interval.low, "high": interval.high}
@@ -894,6 +893,7 @@ def evaluate_all_tasks(args):
             about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
             rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
             judged.append((variant, frames))
+    variants = [variant for variant, _ in judged]
     # As floats, so that means leave out what is None, where no state is the goal.
     table = pd.DataFrame(rows).astype(dict.fromkeys(METRICS.values(), float))
     groups = table.groupby(["reward", "frames/s", "parameters"], sort=False)
@@ -905,6 +905,7 @@ def evaluate_all_tasks(args):
     plot_contact_sheet(variant, sources, frames, xml_path, args).savefig(out_dir / "contact_sheet.png")
     captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{variant.goal}", {variant.name}.'
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
+    facts += describe_settings(variants, args)
     each = table.drop(columns=["frames/s", "parameters"])
     explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
     tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]
@@ -1208,6 +1209,15 @@ def rank_by_epic(variants):
     return sorted(judged, key=lambda variant: variant.metrics["epic"])
 
 
+def describe_settings(variants, args):
+    """The templates, what goals are compared with, and the models, a sentence each."""
+    templates = dict.fromkeys(variant.template for variant in variants)
+    facts = [f"Template {i}: {template}" for i, template in enumerate(templates, 1)]
+    facts.append(f"Negatives: {'; '.join(args.negatives)}" if args.reward == "binary" else f"Baseline: {args.baseline}")
+    models = dict.fromkeys(f"{v.clip} ({v.parameters / 1e6:,.1f}M parameters)" for v in variants)
+    return [*facts, f"Models: {', '.join(models)}"]
+
+
 def describe(variants, frames, xml_path, args):
     """What was judged and what is best, in sentences."""
     counted = frames[frames["counted"]]
@@ -1218,11 +1228,7 @@ def describe(variants, frames, xml_path, args):
     if args.task and xml_path:
         facts.append(f"Goal state of {args.task}: {' '.join(TASKS[args.task][1].__doc__.split())}")
     facts += [f"Goal {i}: {goal}" for i, goal in enumerate(args.goal, 1)]
-    templates = dict.fromkeys(variant.template for variant in variants)
-    facts += [f"Template {i}: {template}" for i, template in enumerate(templates, 1)]
-    facts.append(f"Negatives: {'; '.join(args.negatives)}" if args.reward == "binary" else f"Baseline: {args.baseline}")
-    models = dict.fromkeys(f"{v.clip} ({v.parameters / 1e6:,.1f}M parameters)" for v in variants)
-    facts.append(f"Models: {', '.join(models)}")
+    facts += describe_settings(variants, args)
     for best in rank_by_epic(variants)[:1]:
         facts.append(f"Lowest EPIC distance: {best.metrics['epic']:.3f}, {best.name}.")
     return facts
@@ -1529,12 +1535,14 @@ def flags_of_run(rollout):
 
 def read_flags():
     """The command line's flags; those left out are the first rollout's run's, and the goal is the task's prompt."""
-    with one_line_errors(traceback=False):
+    with one_line_errors("--traceback" in sys.argv):
         named = [word.partition("=")[0].replace("_", "-") for word in sys.argv]
         for flag in "--rollouts --sweep --goal --negatives --template --alpha --clip --clip-pretrained".split():
             if named.count(flag) > 1:
                 raise ValueError(f"{flag} is given twice, and only the last would count: name all after one {flag}")
-    args = tyro.cli(Args)
+        args = tyro.cli(Args)
+        if len(args.goal or ()) > 1 and {"a", "an", "the"} & set(args.goal):
+            raise ValueError(f"--goal {' '.join(args.goal)}: that is {len(args.goal)} goals, put a sentence in quotes")
     goals = []
     if args.task == "all" and not (args.rollouts or args.frames):
         args.rollouts = (Path(__file__).parent / "tests" / "humanoid_states.npz",)
@@ -1546,6 +1554,10 @@ def read_flags():
         if "--clip" in named:
             defaults.pop("clip_pretrained", None)  # of the run's own model
     args = tyro.cli(Args, default=replace(args, **defaults))
+    with one_line_errors(args.traceback):
+        for flag, reward in {"--negatives": "binary", "--alpha": "regularized"}.items():
+            if flag in named and args.reward != reward:
+                raise ValueError(f"{flag} needs --reward {reward}, and these are judged by --reward {args.reward}")
     if args.task is None:  # the sweep's, or the one whose prompt is the goal
         named = {name for name in args.sweep if name in TASKS}
         named |= {name for name, (prompt, _) in TASKS.items() if prompt in (args.goal or goals)}

@@ -148,6 +148,14 @@ def test_graded_labels_count_as_they_are_and_as_classes_above_a_threshold():
     assert v.metrics["average_precision"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
+def test_graded_labels_of_one_source_leave_the_classes_of_another_alone():
+    sources = [source([0, 1, 1, 0], kind="rollout"), source([1.0, 2.0, 4.0, 5.0], episodes=[0, 0, 1, 1])]
+    assert gather_frames(sources, 3.0)["goal_state"].tolist() == [0, 1, 1, 0, 0, 0, 1, 1]
+    assert gather_frames(sources, None)["goal_state"].fillna(-1).tolist() == [0, 1, 1, 0, -1, -1, -1, -1]
+    _, described = judged(variant(np.arange(8)), *sources, label_threshold=3.0)
+    assert [about["success_rate"] for about in described] == [1.0, 0.5]
+
+
 def test_the_false_positive_rate_is_at_the_threshold_in_use():
     labels, p = np.array([0, 0, 0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.2, 0.9, 0.3])
     v = variant(p > 0.5, p, 0.5)  # a binary reward
@@ -498,6 +506,9 @@ BAD_INPUT = {  # flags, in which {} is a folder, and what the one line must name
     "missing goal image": ("--sweep kneeling --goal no.PNG", "no.PNG"),
     "image against sentence": (f"--sweep kneeling --goal {TINY_CLIP}/kneeling.png --alpha 0 0.5", "not both"),
     "flag given twice": ("--sweep kneeling --goal a --goal b", "all after one --goal"),
+    "negatives that nothing uses": ("--sweep kneeling --negatives x", "--negatives needs --reward binary"),
+    "alpha of binary": ("--sweep kneeling --reward binary --negatives x --alpha 0.5", "--alpha needs --reward regul"),
+    "no quotes": ("--sweep kneeling --goal a humanoid robot", "put a sentence in quotes"),
     "no negatives": ("--sweep kneeling --reward binary", "--negatives"),
     "tags": ("--sweep kneeling --clip-pretrained a b", "--clip-pretrained"),
     "clip": ("--sweep kneeling --clip ViT-L-41", "ViT-L-14"),

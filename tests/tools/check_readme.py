@@ -1,4 +1,4 @@
-"""Runs every command and the Python lines of README.md and docs/*.md as they stand there, only with fewer frames.
+"""Runs the ```bash and ```python blocks of README.md and docs/*.md as they stand there, only with fewer frames.
 
     python tests/tools/check_readme.py
 

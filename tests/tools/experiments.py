@@ -83,6 +83,7 @@ def draw(table, by, path):
 
 
 def main(args):
+    args.by = args.by.replace("-", "_")  # as args.json has it
     model = gym.make("Humanoid-v5").unwrapped.model
     rows = [row for run_dir in args.runs for row in rows_of(run_dir, args.by, model)]
     if not rows:
