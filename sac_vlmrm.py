@@ -965,21 +965,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
     is_dir = Path(clip).is_dir()
     is_hub = clip.startswith("hf-hub:")
     hub = huggingface_hub.constants
-    if not (is_dir or hub.HF_HUB_OFFLINE):
-        try:  # without a network the hub's client would try each file that is not cached for half a minute
-            huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5)
-        except Exception:  # of whichever library it uses
-            hub.HF_HUB_OFFLINE = True
-    if is_dir or is_hub:
-        if pretrained:
-            raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
-        model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
-        file = Path(clip) / "open_clip_config.json"
-        if is_hub:
-            file = huggingface_hub.hf_hub_download(clip.removeprefix("hf-hub:"), file.name)
-        config = json.loads(Path(file).read_text())
-        architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-    else:
+    if not (is_dir or is_hub):
         name = clip.replace("/", "-")
         architecture, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
         if architecture is None or not (tags or pretrained):
@@ -996,6 +982,21 @@ def find_clip(clip, pretrained=None, resize_mode=None):
             print(f"note: --clip-pretrained {tag}: {fact}; {advice}", file=sys.stderr)
         # The weights know the activation that they were trained with; open_clip would only warn of another one.
         model = {"model_name": name, "pretrained": tag, "force_quick_gelu": preprocess.get("quick_gelu", False)}
+    if not (is_dir or hub.HF_HUB_OFFLINE):
+        try:  # without a network the hub's client would try each file that is not cached for half a minute
+            huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5)
+        except Exception:  # of whichever library it uses
+            hub.HF_HUB_OFFLINE = True
+            print(f"note: no answer from {hub.ENDPOINT} in 5 s: only what is on disk is used", file=sys.stderr)
+    if is_dir or is_hub:
+        if pretrained:
+            raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")
+        model = {"model_name": clip if is_hub else f"local-dir:{clip}"}
+        file = Path(clip) / "open_clip_config.json"
+        if is_hub:
+            file = huggingface_hub.hf_hub_download(clip.removeprefix("hf-hub:"), file.name)
+        config = json.loads(Path(file).read_text())
+        architecture, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
     size = architecture["vision_cfg"].get("image_size", 224)
     known = {**preprocess, "size": size if isinstance(size, int) else tuple(size)}  # a file has a list for a tuple
     config = PreprocessCfg(**merge_preprocess_dict(known, {"resize_mode": resize_mode}))
@@ -1374,7 +1375,6 @@ def start_run(args):
             run.device = device_of(args)
             if run.device.type == "cuda":
                 torch.cuda.set_device(run.device)  # or pinned memory would be the first GPU's
-            run.stopped_by = [] if args.play else stack.enter_context(stop_signals())
             run.state_dim = run.envs.single_observation_space["state"].shape[0]
             run.frame_shape = run.envs.single_observation_space["pixels"].shape
             run.action_space = run.envs.single_action_space
@@ -1389,6 +1389,7 @@ def start_run(args):
                         raise ValueError("--clip, --template or an image of a goal has changed since this run began")
                 drop_text_tower(run.reward.clip.model)
                 args.clip_precision = run.reward.clip.precision  # goes into args.json: a resume keeps what auto became
+            run.stopped_by = [] if args.play else stack.enter_context(stop_signals())  # nothing to save before
             if RANK == 0:
                 if not run.dir:
                     about = (re.sub("[/:]", "-", args.env_id), Path(__file__).stem, args.seed, time.time_ns() // 10**6)
@@ -1838,3 +1839,5 @@ if __name__ == "__main__":
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, a dead process, what an environment raised
         advice = "; the last checkpoint, if one was due, is intact: go on from it with --resume"
         sys.exit(f"error: {error}{'' if arguments.play else advice}")
+    except KeyboardInterrupt:  # before the first frame, or of --play
+        sys.exit(130)
