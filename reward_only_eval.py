@@ -893,7 +893,6 @@ def evaluate_all_tasks(args):
             about |= {"frames/s": rate_of[variant.clip], "parameters": f"{variant.parameters / 1e6:,.1f}M"}
             rows.append(about | {title: variant.metrics[name] for name, title in METRICS.items()})
             judged.append((variant, frames))
-    variants = [variant for variant, _ in judged]
     # As floats, so that means leave out what is None, where no state is the goal.
     table = pd.DataFrame(rows).astype(dict.fromkeys(METRICS.values(), float))
     groups = table.groupby(["reward", "frames/s", "parameters"], sort=False)
@@ -905,7 +904,7 @@ def evaluate_all_tasks(args):
     plot_contact_sheet(variant, sources, frames, xml_path, args).savefig(out_dir / "contact_sheet.png")
     captions["contact_sheet"] = f'{plot_contact_sheet.__doc__} The worst: "{variant.goal}", {variant.name}.'
     facts = [f"{len(frames)} states of the Humanoid, labelled by the criteria of {len(EIGHT)} tasks."]
-    facts += describe_settings(variants, args)
+    facts += describe_settings([variant for variant, _ in judged], args)
     each = table.drop(columns=["frames/s", "parameters"])
     explanation = " ".join(text for column, text in EXPLANATIONS.items() if column in means)
     tables = [("Mean over the tasks", means, explanation), ("Each task", each, "")]

@@ -572,6 +572,7 @@ def test_all_tasks_are_judged_on_the_committed_states_by_every_reward(tmp_path):
         of_reward = [row["EPIC distance"] for row in rows if row["reward"] == mean["reward"]]
         assert mean["EPIC distance"] == pytest.approx(np.mean(of_reward)) and mean["frames/s"] > 1
     assert (tmp_path / "heat_map.png").stat().st_size > 1000 and "Each task" in result.stdout
+    assert f"Models: {TINY_CLIP} (4.7M" in result.stdout and "Baseline: a humanoid robot" in result.stdout
     assert "worst" in (tmp_path / "report.html").read_text()
 
 
