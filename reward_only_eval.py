@@ -984,7 +984,7 @@ def find_clip(clip, pretrained=None, resize_mode=None):
             huggingface_hub.get_session().head(hub.ENDPOINT, timeout=5)
         except Exception:  # of whichever library it uses
             hub.HF_HUB_OFFLINE = True
-            print(f"note: no answer from {hub.ENDPOINT} in 5 s: only what is on disk is used", file=sys.stderr)
+            print(f"note: no answer from {hub.ENDPOINT}: only what is on disk is used", file=sys.stderr)
     if is_dir or is_hub:
         if pretrained:
             raise ValueError(f"--clip-pretrained {pretrained}: {clip} has weights of its own, leave the flag out")

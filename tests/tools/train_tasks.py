@@ -3,7 +3,7 @@
     python tests/tools/train_tasks.py --task kneeling standing lotus --seed 1
 
 After each evaluation it counts the successful episodes; from 15 of 16 on `best.pt` plays 100, and with 92 of them the
-run is stopped. What was run before is resumed, or skipped if it has ended.
+run is stopped. A run that is there already goes on, also one that was stopped at its success.
 """
 
 import signal
@@ -82,6 +82,8 @@ def train(args, task, model):
                     run.send_signal(signal.SIGTERM)
                     run.wait()
                     return
+    if run.returncode:
+        sys.exit(f"error: {run_dir} ended with status {run.returncode}, see {log.name}")
 
 
 def main(args):
