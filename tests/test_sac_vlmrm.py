@@ -815,7 +815,8 @@ def test_weights_of_another_model_are_one_line(tmp_path):
     assert "size mismatch" in line
 
 
-def test_weights_know_their_activation_and_a_default_is_never_a_surprise(capsys):
+def test_weights_know_their_activation_and_a_default_is_never_a_surprise(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no note of a hub that does not answer
     for name, tag, quick_gelu in (
         ("ViT-L-14", "laion2b_s32b_b82k", False),
         ("ViT-L-14-quickgelu", "openai", True),
