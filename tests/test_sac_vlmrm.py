@@ -799,7 +799,8 @@ def test_a_signal_while_clip_loads_ends_a_run_at_once(tmp_path, monkeypatch):
             pass
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert {process.pid for process in multiprocessing.active_children()} <= others and not args.run_dir.exists()  # there was nothing to save
+    assert {process.pid for process in multiprocessing.active_children()} <= others
+    assert not args.run_dir.exists()  # there was nothing to save
 
 
 def test_traceback_shows_the_whole_error(tmp_path):
